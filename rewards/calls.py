@@ -1,0 +1,252 @@
+"""One call of one reward function: which arguments it gets, what it may log, and what it may return.
+
+The contract is TRL's: `func(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns)`,
+all by keyword, returning one number or None per completion. Nothing in here depends on where the call runs.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# Dataset columns that the contract already carries under another (or the same) name; TRL leaves them out too.
+CARRIED_COLUMNS = ("prompt", "completion", "completion_ids")
+SKIP_REMEDY = "Return a finite number, or None to skip the sample."
+LARGEST_REWARD = torch.finfo(torch.float32).max
+
+
+def shorten(value: Any, limit: int = 240) -> str:
+    """The repr of `value` in at most `limit` characters. Head and tail stay: an answer usually stands at the end."""
+    text = repr(value)
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """The samples that one call scores: equally long lists, one element per completion."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[Any]
+    columns: dict[str, list]
+    trainer_state: Any = None
+
+    def __post_init__(self) -> None:
+        reserved = sorted(set(self.columns) & set(STANDARD_ARGUMENTS) - {"completion_ids"})
+        if reserved:
+            raise ValueError(
+                f"dataset column(s) {reserved} have the name of an argument that every reward function gets; "
+                "rename them, for example with `dataset.rename_column`"
+            )
+        lengths = {"prompts": len(self.prompts), "completions": len(self.completions)}
+        lengths["completion_ids"] = len(self.completion_ids)
+        lengths |= {f"column {name!r}": len(values) for name, values in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"a batch to score needs one element per completion everywhere, got lengths {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def sample(self, index: int) -> "RewardBatch":
+        """The batch that holds only sample `index`."""
+        columns = {name: [values[index]] for name, values in self.columns.items()}
+        ids = [self.completion_ids[index]]
+        return RewardBatch([self.prompts[index]], [self.completions[index]], ids, columns, self.trainer_state)
+
+    def arguments(self, log: "CallLog") -> dict[str, Any]:
+        """Every keyword argument of the contract for this batch."""
+        # Lists of its own for each call: a function that sorts or pops in place disturbs no other one.
+        columns = {name: list(values) for name, values in self.columns.items() if name not in CARRIED_COLUMNS}
+        return columns | {
+            "prompts": list(self.prompts),
+            "completions": list(self.completions),
+            "completion_ids": list(self.completion_ids),
+            "trainer_state": self.trainer_state,
+            "log_extra": log.log_extra,
+            "log_metric": log.log_metric,
+        }
+
+
+@dataclass
+class CallLog:
+    """What a reward function logged during one call; local to the call, so that a call can run anywhere."""
+
+    extra: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """Add `values` to a column of the completions table: one value per completion, in one call or bit by bit."""
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise TypeError(
+                f"log_extra({column!r}, ...) needs a list with one value per completion, got {shorten(values)}"
+            )
+        self.extra.setdefault(column, []).extend(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Record a scalar. Several values of one name in a step are averaged."""
+        self.metrics.setdefault(name, []).append(float(value))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What was wrong with a call, for one sample or (`sample` None) for the whole of it."""
+
+    reason: str
+    remedy: str
+    sample: int | None = None
+    cause: BaseException | None = None
+
+
+@dataclass
+class CallOutcome:
+    """What came of one call: `values` has one number or None per sample; `raised` is what it raised, if so."""
+
+    values: list[float | None]
+    extra: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    seconds: float = 0.0
+    raised: BaseException | None = None
+
+
+class RewardFunction:
+    """A reward function with its name and the arguments it takes.
+
+    Raises:
+        TypeError: not callable, a bare `nn.Module`, or a parameter that cannot be given by keyword.
+    """
+
+    def __init__(self, func: Callable, name: str):
+        self.func, self.name = func, name
+        if isinstance(func, torch.nn.Module) or not callable(func):
+            raise TypeError(
+                f"reward function {shorten(func, 80)} is a {type(func).__name__}, not a function. "
+                "A reward model goes through `colora.rewards.model.RewardModel(model, tokenizer)`, "
+                "a text such as 'my.py:function' through `colora.rewards.loading.load_reward`."
+            )
+        inner = _without_partial(func)
+        self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+        self._parameters = self._read_parameters()
+
+    def _read_parameters(self) -> list[inspect.Parameter]:
+        try:
+            parameters = list(inspect.signature(self.func).parameters.values())
+        except ValueError:  # some built-in and extension functions have no signature: they get everything
+            return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
+        for parameter in parameters:
+            if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+                raise TypeError(
+                    f"reward function {self.name!r} takes `{parameter.name}` by position only, but reward functions "
+                    "are called with keyword arguments; remove the `/` from its signature"
+                )
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        return [parameter for parameter in parameters if parameter.kind not in by_position]
+
+    def missing(self, columns: Collection[str]) -> str | None:
+        """A message about required parameters that neither the contract nor the dataset's `columns` give, else None."""
+        columns = sorted(set(columns) - set(CARRIED_COLUMNS))
+        known = [*STANDARD_ARGUMENTS, *columns]
+        named = [p for p in self._parameters if p.kind is not p.VAR_KEYWORD and p.default is p.empty]
+        missing = [parameter.name for parameter in named if parameter.name not in known]
+        if not missing:
+            return None
+        near = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
+        return (
+            f"reward function {self.name!r} requires {missing}, which the dataset does not have. "
+            + (f"Did you mean {near}? " if near else "")
+            + f"Its columns are {columns}; besides them there are {list(STANDARD_ARGUMENTS)}. "
+            "Add the column, or give the parameter a default."
+        )
+
+    def select(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of `arguments` that the function takes: all of them if it has **kwargs, else the ones it names."""
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
+            return arguments
+        names = {parameter.name for parameter in self._parameters}
+        return {name: value for name, value in arguments.items() if name in names}
+
+
+def _without_partial(func: Callable) -> Callable:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return func
+
+
+def unique_names(functions: Sequence[Callable]) -> list[str]:
+    """Display names: `__name__` (through `functools.partial`), else the class name; the second of a name gets `_2`."""
+    names: list[str] = []
+    for function in functions:
+        inner = _without_partial(function)
+        base = name = getattr(inner, "__name__", type(inner).__name__)
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{base}_{count}"
+        names.append(name)
+    return names
+
+
+def read_result(returned: Any, log: CallLog, size: int) -> CallOutcome:
+    """Check what a function returned and logged for `size` samples. Bad samples become None with a `Problem` each."""
+    outcome = CallOutcome([None] * size, metrics=log.metrics)
+    for column, values in log.extra.items():
+        if len(values) == size:
+            outcome.extra[column] = values
+            continue
+        reason = f"it logged {len(values)} values for the extra column {column!r} where there are {size} completions"
+        outcome.problems.append(Problem(reason, "Give log_extra one value per completion."))
+    problem = _container_problem(returned, size)
+    if problem is not None:
+        outcome.problems.append(problem)
+        return outcome
+    elements = returned.tolist() if isinstance(returned, torch.Tensor | np.ndarray) else returned
+    for index, element in enumerate(elements):
+        outcome.values[index], fault = _read_element(element)
+        if fault is not None:
+            outcome.problems.append(Problem(fault, SKIP_REMEDY, sample=index))
+    return outcome
+
+
+def _container_problem(returned: Any, size: int) -> Problem | None:
+    remedy = "Return exactly one number (or None to skip a sample) per completion."
+    if inspect.isawaitable(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()  # it will not be awaited: no warning about that on top of the error
+        return Problem("it returned a coroutine", "Declare the function itself with `async def`.")
+    if isinstance(returned, torch.Tensor | np.ndarray):
+        shape = tuple(returned.shape)
+        return (
+            None if shape == (size,) else Problem(f"it returned an array of shape {shape}, expected {(size,)}", remedy)
+        )
+    if not isinstance(returned, list | tuple):
+        kind = "None" if returned is None else f"a {type(returned).__name__} ({shorten(returned, 80)})"
+        return Problem(f"it returned {kind} where a list of {size} rewards was expected", remedy)
+    if len(returned) != size:
+        return Problem(f"it returned {len(returned)} rewards for {size} completions", remedy)
+    return None
+
+
+def _read_element(element: Any) -> tuple[float | None, str | None]:
+    """(the reward or None, what is wrong with it or None)."""
+    if element is None:
+        return None, None
+    if isinstance(element, np.generic) or (isinstance(element, torch.Tensor) and element.ndim == 0):
+        element = element.item()
+    if isinstance(element, str):
+        return None, f"it returned the string {shorten(element, 80)}"
+    if not isinstance(element, int | float | Fraction):
+        return None, f"it returned a {type(element).__name__} ({shorten(element, 80)})"
+    if not -LARGEST_REWARD <= element <= LARGEST_REWARD:  # false for NaN too; exact for integers beyond float
+        kind = "an integer" if isinstance(element, int) else str(float(element))
+        return None, f"it returned {kind}, which is not a finite float32"
+    return float(element), None

@@ -1,0 +1,1 @@
+"""The trainer: configuration, policy, losses and the loop."""

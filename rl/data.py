@@ -1,0 +1,169 @@
+"""From a dataset to the prompts of each step: order, tokenisation, checks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+Row = dict[str, Any]
+Prompt = str | list[dict[str, Any]]
+PROMPTS_CHECKED = 50_000  # longer datasets have the rest of their prompts checked when they are used
+
+
+class PromptSchedule(Sampler[list[int]]):
+    """Batches of dataset indices, one for each optimizer step: a generation's prompts, repeated for each of its updates.
+
+    The order of epoch e is a permutation that depends on (seed, e) alone, so resuming needs no state but the step.
+    Prompts that do not fill a last generation are left out of the epoch.
+    """
+
+    def __init__(self, size: int, prompts_per_generation: int, updates_per_generation: int, shuffle: bool, seed: int):
+        self.size, self.prompts, self.updates = size, prompts_per_generation, updates_per_generation
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.prompts * self.updates
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.size))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
+        for start in range(0, self.size - self.prompts + 1, self.prompts):
+            for _ in range(self.updates):
+                yield order[start : start + self.prompts]
+
+
+class _IndexedRows(TorchDataset[tuple[int, Row]]):
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Row]:
+        return index, self.dataset[index]
+
+
+class _PromptLoader(DataLoader[tuple[int, Row]]):
+    """A DataLoader that hands the epoch on to its schedule."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class _PromptStream(TorchIterableDataset[list[tuple[int, Row]]]):
+    """The same batches out of a stream, in its order, numbered as they come."""
+
+    def __init__(self, dataset: IterableDataset, prompts_per_generation: int, updates_per_generation: int):
+        self.dataset, self.prompts, self.updates = dataset, prompts_per_generation, updates_per_generation
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, Row]]]:
+        batch: list[tuple[int, Row]] = []
+        for index, row in enumerate(self.dataset):
+            batch.append((index, row))
+            if len(batch) == self.prompts:
+                for _ in range(self.updates):
+                    yield batch
+                batch = []
+
+
+def prompt_loader(
+    dataset: Dataset | IterableDataset,
+    prompts_per_generation: int,
+    updates_per_generation: int,
+    shuffle: bool,
+    seed: int,
+) -> DataLoader[Any]:
+    """A loader that yields, for each optimizer step, the (dataset index, row) pairs of the generation it uses."""
+    if isinstance(dataset, IterableDataset):
+        stream = dataset.shuffle(seed=seed) if shuffle else dataset
+        return DataLoader(_PromptStream(stream, prompts_per_generation, updates_per_generation), batch_size=None)
+    schedule = PromptSchedule(len(dataset), prompts_per_generation, updates_per_generation, shuffle, seed)
+    return _PromptLoader(_IndexedRows(dataset), batch_sampler=schedule, collate_fn=list)  # type: ignore[arg-type]
+
+
+class PromptTokenizer:
+    """Token ids of standard (text) and conversational (messages, through the chat template) prompts.
+
+    Args:
+        tokenizer: the model's.
+        max_tokens: the most tokens a prompt may have; longer ones raise ValueError, none is cut.
+        chat_template_kwargs: passed to the chat template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, chat_template_kwargs: dict[str, Any] | None = None
+    ):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.chat_template_kwargs = chat_template_kwargs or {}
+
+    def __call__(self, prompt: Prompt, where: str) -> list[int]:
+        """Token ids of `prompt`; `where` names it in errors."""
+        if is_conversational({"prompt": prompt}):
+            if not self.tokenizer.chat_template:
+                raise ValueError(
+                    f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; "
+                    "use text prompts or set tokenizer.chat_template"
+                )
+            encoded = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
+            )
+        elif isinstance(prompt, str):
+            encoded = self.tokenizer(prompt)
+        else:
+            raise ValueError(
+                f"{where}: a prompt is a text or a list of messages with role and content, got {type(prompt).__name__}"
+            )
+        ids = list(encoded["input_ids"])
+        if not ids:
+            raise ValueError(f"{where}: the prompt has no tokens; remove the row")
+        if len(ids) > self.max_tokens:
+            raise ValueError(
+                f"{where}: the prompt has {len(ids)} tokens, at most {self.max_tokens} fit (the context less max_completion_length, "
+                "or max_prompt_length); shorten or drop it, lower max_completion_length, or raise max_context"
+            )
+        return ids
+
+    def completion(self, text: str, prompt: Prompt) -> Prompt:
+        """`text` in the form reward functions get it: as it is, or as an assistant message for conversational prompts."""
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def check_dataset(
+    dataset: Dataset | IterableDataset | None, name: str, tokenize: PromptTokenizer, at_least: int
+) -> None:
+    """Raise ValueError, saying what to change, for a dataset that cannot be trained on.
+
+    Args:
+        name: `train_dataset` or `eval_dataset`, for the message.
+        at_least: rows that one step needs.
+    """
+    if dataset is None:
+        raise ValueError(f"{name} is missing: pass a datasets.Dataset with a `prompt` column")
+    if isinstance(dataset, IterableDataset):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: it needs rows with a `prompt` column")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} has no `prompt` column; its columns are: {', '.join(dataset.column_names)}")
+    if len(dataset) < at_least:
+        raise ValueError(
+            f"{name} has {len(dataset)} prompts, one generation needs {at_least}: lower per_device_train_batch_size or "
+            "gradient_accumulation_steps, raise num_generations, or add prompts"
+        )
+    prompts: Sequence[Prompt] = dataset["prompt"]
+    for index in range(min(len(dataset), PROMPTS_CHECKED)):
+        tokenize(prompts[index], f"{name}[{index}]")

@@ -1,0 +1,105 @@
+"""Which values an option of `GRPOConfig` may have: choices, and the range and kind of numbers."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from .options import ALSO_ACCEPTED
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "engine": ("auto", "vllm", "transformers"),
+    "dtype": ("auto", *DTYPES),
+    "reward_errors": ("stop", "none"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("token_truncate",),
+}
+
+# Name, whether it must be whole, the least value, whether that value itself is allowed. None is allowed where it is the
+# default.
+_LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
+    ("per_device_train_batch_size", True, 1, True),
+    ("per_device_eval_batch_size", True, 1, True),
+    ("gradient_accumulation_steps", True, 1, True),
+    ("generation_batch_size", True, 1, True),
+    ("steps_per_generation", True, 1, True),
+    ("num_generations", True, 2, True),
+    ("num_generations_eval", True, 1, True),
+    ("num_iterations", True, 1, True),
+    ("max_completion_length", True, 1, True),
+    ("max_prompt_length", True, 1, True),
+    ("max_context", True, 2, True),
+    ("tokens_per_microbatch", True, 1, True),
+    ("num_completions_to_print", True, 0, True),
+    ("learning_rate", False, 0, False),
+    ("weight_decay", False, 0, True),
+    ("max_grad_norm", False, 0, True),
+    ("num_train_epochs", False, 0, False),
+    ("temperature", False, 0, False),
+    ("beta", False, 0, True),
+    ("epsilon", False, 0, True),
+    ("epsilon_high", False, 0, True),
+    ("delta", False, 0, False),
+    ("vllm_importance_sampling_clip_max", False, 0, False),
+)
+
+_WHY = {
+    "num_generations": "advantages compare the completions of one prompt, so a group needs at least two",
+    "temperature": "greedy decoding explores nothing and has no log-probs to learn from",
+    "loss_type": "the other losses come with a later version",
+    "vllm_importance_sampling_mode": "the ratio of each token is capped; a cap on a sequence's summed ratio would mask "
+    "nearly every long completion",
+    "reward_errors": "`stop` ends the run with the last checkpoint intact, `none` leaves the sample out and goes on",
+}
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError where an option has a value that is not one of its choices."""
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}{_because(name)}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raise ValueError where an option is not a finite number of the right kind and size, or None by default."""
+    for name, whole, least, inclusive in _LIMITS:
+        value = getattr(config, name)
+        if value is not None or not is_default(config, name):
+            _check_number(name, value, whole, least, inclusive)
+    weights = config.reward_weights
+    if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
+        raise ValueError(f"reward_weights={weights!r} must be a list of numbers, one for each reward function")
+    for weight in weights or []:
+        _check_number("reward_weights", weight, False, -math.inf, False)
+
+
+def is_default(config: Any, name: str) -> bool:
+    """Whether `config`'s value of the dataclass field `name` asks for nothing but what happens anyway."""
+    value = getattr(config, name)
+    option = next(option for option in fields(config) if option.name == name)
+    default = option.default_factory() if option.default_factory is not MISSING else option.default
+    if name == "accelerator_config":  # transformers replaces None by the object, and to_dict() that by a dict
+        given = value.to_dict() if isinstance(value, AcceleratorConfig) else value
+        default = AcceleratorConfig().to_dict()
+        return value is None or isinstance(given, dict) and all(default.get(key) == given[key] for key in given)
+    return value == default or value in ALSO_ACCEPTED.get(name, ())
+
+
+def _because(name: str) -> str:
+    return f" ({_WHY[name]})" if name in _WHY else ""
+
+
+def _check_number(name: str, value: object, whole: bool, least: float, inclusive: bool) -> None:
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{name}={value!r} must be {kind}, not {type(value).__name__}{_because(name)}")
+    if not math.isfinite(value) or value < least or (value == least and not inclusive):
+        bound = (f" of at least {least:g}" if inclusive else f" above {least:g}") if math.isfinite(least) else ""
+        raise ValueError(f"{name}={value!r} must be {kind}{bound}{_because(name)}")

@@ -1,0 +1,275 @@
+"""The policy: one decoder for all families, run over packed rows, on tensors that the rollout engine reads as well."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..kernels.attention import packed_attention
+from ..kernels.glu import glu
+from ..kernels.linear_logprob import linear_logprob
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import apply_rope, rope_table
+from ..weightshare.adapter import Adapter
+from ..weightshare.loading import checkpoint_directory, load_weights, read_checkpoint, read_config
+from ..weightshare.weights import SharedWeights
+from .families import BlockSpec, block_spec, check_family, decoder_path, model_layout, text_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Block:
+    """One decoder layer over shared tensors. Not an nn.Module: it owns nothing."""
+
+    def __init__(self, weights: SharedWeights, spec: BlockSpec, index: int):
+        prefix = f"model.layers.{index}"
+        self.spec, self.layer = spec, spec.layers[index]
+        self.qkv_proj = weights.linears[f"{prefix}.self_attn.qkv_proj"]
+        self.o_proj = weights.linears[f"{prefix}.self_attn.o_proj"]
+        self.gate_up_proj = weights.linears[f"{prefix}.mlp.gate_up_proj"]
+        self.down_proj = weights.linears[f"{prefix}.mlp.down_proj"]
+        self.norms = {
+            name.removeprefix(f"{prefix}."): tensor
+            for name, tensor in weights.tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self.norms[f"{name}.weight"], self.spec.norm_eps, self.spec.one_plus_weight)
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        spec, tokens = self.spec, x.shape[0]
+        heads = self.qkv_proj(x).view(tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        q, k, v = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
+        if spec.qk_norm:
+            q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = packed_attention(q, k, v, lengths, spec.attention_scale, self.layer.window)
+        return self.o_proj(out.reshape(tokens, spec.heads * spec.head_dim))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.down_proj(glu(self.gate_up_proj(x), self.spec.activation))
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x (tokens, hidden_size) -> the same shape."""
+        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, lengths)
+        if not self.spec.sandwich_norms:
+            x = x + attended
+            return x + self._mlp(self._norm(x, "post_attention_layernorm"))
+        x = x + self._norm(attended, "post_attention_layernorm")
+        fed = self._mlp(self._norm(x, "pre_feedforward_layernorm"))
+        return x + self._norm(fed, "post_feedforward_layernorm")
+
+
+class Policy(nn.Module):
+    """A decoder over `weights`, which it does not own: only the adapter's masters are parameters.
+
+    Attributes:
+        config: the Hugging Face config of the (text) model.
+        spec: the decoder derived from it.
+        weights: the base weights, shared with the rollout engine.
+        adapter: the LoRA adapter, or None.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the block again.
+    """
+
+    def __init__(self, weights: SharedWeights, config: PreTrainedConfig, adapter: Adapter | None = None):
+        super().__init__()
+        self.config = text_config(config)
+        self.spec = block_spec(config)
+        if weights.layout != model_layout(self.spec):
+            raise ValueError(f"the shared weights do not have the layout that the {self.spec.family} config describes")
+        self.weights, self.adapter = weights, adapter
+        self.gradient_checkpointing = False
+        self._blocks = [_Block(weights, self.spec, index) for index in range(len(self.spec.layers))]
+        self._inverse_frequencies = {
+            key: table.inverse_frequencies.to(weights.device) for key, table in self.spec.ropes.items()
+        }
+        self._embedding_scale: float | None = None
+        if (
+            self.spec.embedding_scale is not None
+        ):  # rounded to the dtype first, as transformers does: sqrt(3072) is 55.5 in bf16
+            self._embedding_scale = torch.tensor(self.spec.embedding_scale).to(weights.dtype).item()
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype; the masters are fp32 whatever it is."""
+        return self.weights.dtype
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of one sequence that the model was made for."""
+        return self.spec.max_context
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":
+        """Refuse what `.to()`, `.cuda()`, `.half()` and the like would change; where they change nothing, do nothing.
+
+        The masters are views of one buffer and the base is shared with the engine: a moved copy would be neither.
+        """
+        probe = torch.empty(0, dtype=torch.float32, device=self.device)
+        moved = fn(probe)
+        if moved.device != probe.device or moved.dtype != probe.dtype:
+            raise RuntimeError(
+                "the policy shares its weights with the rollout engine and cannot be moved or cast "
+                f"(from {probe.dtype} masters on {probe.device} to {moved.dtype} on {moved.device}); "
+                "pass `device` and `dtype` when it is loaded"
+            )
+        return self
+
+    def hidden_states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Run one packed row: sequences side by side, positions restarting at 0, no attention across.
+
+        Args:
+            tokens: (T,) int64 token ids, moved to the policy's device.
+            lengths: tokens of each sequence, in order, each at least 1; their sum is T.
+
+        Returns:
+            (T, hidden_size) in the compute dtype, after the final norm.
+
+        Raises:
+            ValueError: lengths that do not fit the row.
+        """
+        if tokens.ndim != 1 or sum(lengths) != tokens.shape[0] or min(lengths, default=0) < 1:
+            raise ValueError(
+                f"Policy: lengths {list(lengths)} do not split a row of shape {tuple(tokens.shape)} into sequences"
+            )
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        tables = {
+            key: rope_table(positions, frequencies, self.spec.ropes[key].scaling, self.dtype)
+            for key, frequencies in self._inverse_frequencies.items()
+        }
+        x = F.embedding(tokens.to(self.device), self.weights.embedding)
+        if self._embedding_scale is not None:
+            x = x * self._embedding_scale
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self._blocks:
+            cos, sin = tables[block.layer.rope]
+            if recompute:
+                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, lengths)
+        return rms_norm(x, self.weights.tensors["model.norm.weight"], self.spec.norm_eps, self.spec.one_plus_weight)
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        lengths: Sequence[int],
+        rows: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of given tokens, each predicted from a position of a packed row.
+
+        Args:
+            tokens, lengths: the row, as for `hidden_states`.
+            rows: (n,) int64 positions in the row; the logits at position rows[i] ...
+            targets: (n,) int64 ... predict token targets[i].
+            temperature: the logits are divided by it, above 0.
+            entropy: also return the entropies of the distributions.
+
+        Returns:
+            log-probs (n,) fp32, differentiable in the adapter's masters; entropies (n,) fp32 without gradient, or None.
+        """
+        hidden = self.hidden_states(tokens, lengths)[rows.to(self.device)]
+        return linear_logprob(
+            hidden, self.weights.head, targets.to(self.device), temperature, self.spec.final_softcap, entropy
+        )
+
+    forward = logprobs
+
+    def gradient_checkpointing_enable(self, **_options: Any) -> None:
+        """What transformers.Trainer calls where `gradient_checkpointing` is set; its options do not apply here."""
+        self.gradient_checkpointing = True
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it the policy is the bare base, without gradients: the reference policy of a KL penalty."""
+        before = self.weights.adapter_on
+        self.weights.set_adapter(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.weights.set_adapter(before)
+
+
+def build(
+    weights: SharedWeights, config: PreTrainedConfig, lora: LoraConfig | None = None, seed: int | None = None
+) -> Policy:
+    """A policy on weights that are there already.
+
+    Args:
+        weights: with the layout of `config`; a new adapter takes their slots.
+        config: of a known family.
+        lora: makes an adapter; None: the bare base.
+        seed: of the adapter's initialisation; torch's default generator where None.
+
+    Raises:
+        ValueError: an unknown architecture, another layout, LoRA options or targets that are not supported.
+    """
+    adapter = None
+    if lora is not None:
+        generator = None if seed is None else torch.Generator(weights.device).manual_seed(seed)
+        adapter = Adapter(weights, lora, generator, decoder_path(config))
+    return Policy(weights, config, adapter)
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> Policy:
+    """Load a checkpoint, or copy a model that is in memory, into shared storage and build a policy on it.
+
+    Args:
+        model: a directory, a hub id, or a `transformers` model of a known family.
+        lora: as for `build`.
+        dtype: float32, bfloat16 or float16. "auto": float32 on the CPU; on a GPU the checkpoint's, bfloat16 where
+            that is float32.
+        device: the first GPU, else the CPU, where None.
+        seed: as for `build`.
+
+    Raises:
+        ValueError: a checkpoint that is missing, incomplete, corrupt, quantised or of an unknown architecture; LoRA
+            options or targets that are not supported.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(model, PreTrainedModel):
+        config: PreTrainedConfig = model.config
+        check_family(config.model_type)
+        tensors: Iterator[tuple[str, Tensor]] = iter(model.state_dict().items())
+    elif isinstance(model, str | Path):
+        directory = checkpoint_directory(model)
+        check_family(read_config(directory).get("model_type"))
+        config = AutoConfig.from_pretrained(directory)
+        tensors = read_checkpoint(directory)
+    else:
+        raise TypeError(f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}")
+    weights = SharedWeights.empty(model_layout(block_spec(config)), _resolve_dtype(dtype, config, place), place)
+    load_weights(weights, tensors)
+    return build(weights, config, lora, seed)
+
+
+def _resolve_dtype(dtype: torch.dtype | str, config: Any, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        stored = config.dtype or config.get_text_config().dtype
+        if device.type == "cpu":
+            return torch.float32
+        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is not supported; known: auto, {', '.join(DTYPES)}")
+    return resolved

@@ -1,0 +1,1 @@
+"""Rollouts: the engine protocol, its implementations, and the token ledger they fill."""

@@ -1,0 +1,221 @@
+"""The embedded rollout engine: a transformers model whose parameters are the shared tensors themselves."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..weightshare.storage import DenseWeight
+from ..weightshare.weights import EMBEDDING, HEAD, SharedWeights
+from .engine import RolloutRequest
+from .kv_cache import GROUPED_SDPA
+from .trajectory import Trajectory
+from .wave import Wave
+
+
+def shared_model(weights: SharedWeights, config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' causal LM of `config`, in eval mode, with views of `weights` for parameters: no second copy.
+
+    Raises ValueError where the weights are not those of the config, or are not dense.
+    """
+    quantised = [linear.name for linear in weights.linears.values() if not isinstance(linear.weight, DenseWeight)]
+    if quantised:
+        raise ValueError(
+            f"the transformers engine reads dense weights only, and {len(quantised)} projections are quantised "
+            f"(e.g. {quantised[0]}); load the base unquantised or use another engine"
+        )
+    config = deepcopy(config)  # from_config writes into it
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=weights.dtype, attn_implementation=GROUPED_SDPA)
+    parameters = dict(weights.dense_parameters())
+    for name in (EMBEDDING, HEAD):
+        # Rows beyond the vocabulary are padding for the kernels' sake: an id from there must never be sampled.
+        parameters[name] = parameters[name][: config.vocab_size]
+    try:
+        model.load_state_dict(parameters, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the shared weights are not those of a {config.model_type} model with this config; "
+            f"load both from the same checkpoint: {error}"
+        ) from error
+    model.requires_grad_(False)
+    return model.to(weights.device).eval()  # moves the buffers; the parameters are there already
+
+
+def _lora_hook(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook adding (x A^T) B^T to a linear's output; a (r, in) and b (out, r) are the slot's own memory."""
+
+    def add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        down = F.linear(inputs[0].reshape(-1, a.shape[1]), a)
+        output.view(-1, b.shape[0]).addmm_(down, b.T)
+        return output
+
+    return add_update
+
+
+class TransformersEngine:
+    """`RolloutEngine` on a transformers model, on whatever device the weights are on.
+
+    Waiting requests are admitted in *waves* (see `wave.Wave`): a step samples one token for every running wave.
+
+    Args:
+        weights: the shared base; an adapter bound to it is applied, read from its slots at every token.
+        config: the checkpoint's transformers config.
+        max_context: prompt + completion tokens of one sequence; the model's number of positions where None.
+        max_sequences: sequences that run at once; the others wait.
+        prefill_tokens: most prompt tokens of one forward, padding counted: bounds the prefill's memory.
+
+    Raises:
+        ValueError: weights that do not fit the config, or limits below 1.
+    """
+
+    def __init__(
+        self,
+        weights: SharedWeights,
+        config: PretrainedConfig,
+        max_context: int | None = None,
+        max_sequences: int = 256,
+        prefill_tokens: int = 8192,
+    ):
+        self.max_context = config.max_position_embeddings if max_context is None else max_context
+        limits = {"max_context": self.max_context, "max_sequences": max_sequences, "prefill_tokens": prefill_tokens}
+        for name, limit in limits.items():
+            if limit < 1:
+                raise ValueError(f"TransformersEngine: {name} must be at least 1, got {limit}")
+        self.model = shared_model(weights, config)
+        self._weights = weights
+        self._max_sequences, self._prefill_tokens = max_sequences, prefill_tokens
+        self._state: Literal["awake", "asleep", "closed"] = "awake"
+        self._waiting: deque[RolloutRequest] = deque()
+        self._waves: list[Wave] = []
+        self._in_flight: set[str] = set()
+        self._hooks: list[RemovableHandle] = []
+        self._bind_adapter()
+
+    def _bind_adapter(self) -> None:
+        """Hook every linear that has a slot. Slots are written in place, so hooks stay true until a new adapter."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+        for linear in self._weights.linears.values():
+            for part in linear.parts:
+                slot = linear.slot_of(part)
+                if slot is not None:
+                    module = self.model.get_submodule(linear.part_name(part))
+                    self._hooks.append(module.register_forward_hook(_lora_hook(*slot)))
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Queue requests, all of them or, where one is refused, none.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, prompt + max_tokens over `max_context`, a
+                negative seed, or a request id that is in flight.
+            RuntimeError: asleep or closed.
+        """
+        self._require_awake("submit")
+        seen = set(self._in_flight)
+        for request in requests:
+            self._check(request)
+            if request.request_id in seen:
+                raise ValueError(f"request {request.request_id!r}: the id is in flight; give every request its own")
+            seen.add(request.request_id)
+        self._in_flight = seen
+        self._waiting.extend(requests)
+
+    def _check(self, request: RolloutRequest) -> None:
+        name, prompt, max_tokens = request.request_id, request.prompt_ids, request.sampling.max_tokens
+        if not prompt:
+            raise ValueError(f"request {name!r}: the prompt is empty; give at least one token, such as BOS")
+        if len(prompt) + max_tokens > self.max_context:
+            raise ValueError(
+                f"request {name!r}: {len(prompt)} prompt tokens + max_tokens {max_tokens} are over max_context "
+                f"{self.max_context}; shorten the prompt, lower max_tokens or raise max_context"
+            )
+        vocab_size = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            outside = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise ValueError(
+                f"request {name!r}: token id {outside} is outside the vocabulary (0 to {vocab_size - 1}); "
+                "use the tokenizer of this model"
+            )
+        if request.seed < 0:
+            raise ValueError(f"request {name!r}: the seed must not be negative, got {request.seed}")
+
+    def step(self) -> list[Trajectory]:
+        """Admit waiting requests, sample one token for every running sequence, return what has finished.
+
+        Raises:
+            FloatingPointError: logits that are not finite; the engine cannot go on.
+            RuntimeError: asleep or closed.
+        """
+        self._require_awake("step")
+        finished: list[Trajectory] = []
+        with torch.inference_mode():
+            self._admit()
+            for wave in self._waves:
+                finished += wave.advance()
+        self._waves = [wave for wave in self._waves if wave.running]
+        self._in_flight.difference_update(trajectory.request_id for trajectory in finished)
+        return finished
+
+    def _admit(self) -> None:
+        free = self._max_sequences - sum(wave.running for wave in self._waves)
+        # Every wave costs a forward a step, so places are given out together rather than one by one as they fall free.
+        worthwhile = min(len(self._waiting), max(1, self._max_sequences // 4))
+        if self._waiting and free >= worthwhile:
+            admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._waves.append(Wave(admitted, self.model, self._prefill_tokens))
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and not yet returned."""
+        return len(self._in_flight)
+
+    def adapter_changed(self) -> None:
+        """The slots were written, or another adapter was bound. Nothing computed with the old ones is kept.
+
+        Raises RuntimeError while requests are unfinished: their caches come from the old adapter.
+        """
+        self._require_idle("adapter_changed")
+        self._bind_adapter()
+
+    def sleep(self) -> None:
+        """Refuse work until `wake`; caches live only while requests run, so there is nothing else to give back.
+
+        Raises RuntimeError while requests are unfinished.
+        """
+        self._require_idle("sleep")
+        self._state = "asleep"
+
+    def wake(self) -> None:
+        """Take requests again. Raises RuntimeError where closed."""
+        if self._state == "closed":
+            raise RuntimeError("wake: the engine is closed; make a new one")
+        self._state = "awake"
+
+    def close(self) -> None:
+        """Drop every request and cache; the shared weights live on."""
+        self._state = "closed"
+        self._waiting.clear()
+        self._waves.clear()
+        self._in_flight.clear()
+
+    def _require_awake(self, action: str) -> None:
+        if self._state != "awake":
+            remedy = "call wake() first" if self._state == "asleep" else "make a new one"
+            raise RuntimeError(f"{action}: the engine is {self._state}; {remedy}")
+
+    def _require_idle(self, action: str) -> None:
+        if self._state == "closed":
+            raise RuntimeError(f"{action}: the engine is closed; make a new one")
+        if self._in_flight:
+            raise RuntimeError(
+                f"{action}: {len(self._in_flight)} requests are unfinished; call step() until `unfinished` is 0"
+            )

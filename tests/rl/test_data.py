@@ -1,0 +1,84 @@
+"""The order of prompts, their tokens, and the errors of datasets that cannot be trained on."""
+
+import pytest
+from accelerate import skip_first_batches
+from colora.rl.data import PromptTokenizer, check_dataset, prompt_loader
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(
+        models.WordLevel({character: index for index, character in enumerate("abcdefgh:u ")}, unk_token="u")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def indices(loader) -> list[list[int]]:
+    return [[index for index, _ in batch] for batch in loader]
+
+
+def test_each_generation_is_repeated_for_its_updates_and_the_rest_left_out() -> None:
+    dataset = Dataset.from_dict({"prompt": list("abcdefg")})
+    order = indices(prompt_loader(dataset, 3, 2, shuffle=False, seed=0))
+    assert order == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    dataset = Dataset.from_dict({"prompt": list("abcdefgh")})
+
+    def epoch(number: int, seed: int) -> list[list[int]]:
+        loader = prompt_loader(dataset, 2, 1, shuffle=True, seed=seed)
+        loader.set_epoch(number)
+        return indices(loader)
+
+    assert epoch(1, 5) == epoch(1, 5)
+    assert epoch(1, 5) != epoch(2, 5) != epoch(2, 6)
+    assert sorted(sum(epoch(3, 5), [])) == list(range(8))
+
+
+def test_skipping_batches_on_resume_keeps_the_order() -> None:
+    loader = prompt_loader(Dataset.from_dict({"prompt": list("abcdefgh")}), 2, 1, shuffle=True, seed=1)
+    skipped = skip_first_batches(loader, 2)
+    skipped.batch_sampler.batch_sampler.set_epoch(1)
+    loader.set_epoch(1)
+    assert indices(skipped) == indices(loader)[2:]
+
+
+def test_streams_are_numbered_and_repeated() -> None:
+    stream = Dataset.from_dict({"prompt": list("abcde")}).to_iterable_dataset()
+    assert indices(prompt_loader(stream, 2, 2, shuffle=False, seed=0)) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_text_and_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenize = PromptTokenizer(tokenizer, 10, {"suffix": "h"})
+    assert tokenize("abc", "row") == [0, 1, 2]
+    with pytest.raises(ValueError, match="row 7.*chat template"):
+        tokenize([{"role": "user", "content": "a"}], "row 7")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}:{% endfor %}{{ suffix }}"
+    assert tokenize([{"role": "user", "content": "a"}], "row") == [0, 8, 7]
+    assert tokenize.completion("b", [{"role": "user", "content": "a"}]) == [{"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "at_least", "message"),
+    [
+        ({"prompt": []}, 1, "train_dataset is empty"),
+        ({"question": ["a"]}, 1, "no `prompt` column.*question"),
+        ({"prompt": ["a", "b"]}, 3, "2 prompts, one generation needs 3.*num_generations"),
+        ({"prompt": ["a", "abcdef"]}, 1, r"train_dataset\[1\].*6 tokens, at most 4.*max_completion_length"),
+        ({"prompt": ["a", ""]}, 1, r"train_dataset\[1\].*no tokens"),
+        ({"prompt": [3]}, 1, "a text or a list of messages.*int"),
+    ],
+)
+def test_bad_datasets_are_refused_with_the_remedy(tokenizer, columns: dict, at_least: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_dataset(Dataset.from_dict(columns), "train_dataset", PromptTokenizer(tokenizer, 4), at_least)
+
+
+def test_a_missing_dataset_is_named(tokenizer) -> None:
+    with pytest.raises(ValueError, match="train_dataset is missing"):
+        check_dataset(None, "train_dataset", PromptTokenizer(tokenizer, 4), 1)

@@ -1,0 +1,92 @@
+"""SharedLinear: a frozen base projection, possibly several fused, and its LoRA slot."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.lora_add import LoraPart, lora_add_
+from .storage import WeightStorage
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """One of the projections fused into a SharedLinear: its name in the Hugging Face module and its rows."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass
+class LoraSlot:
+    """What both forwards read (a, b: compute dtype) and what the optimizer updates (masters: fp32, same shapes).
+
+    a: (adapted outputs * r, in); b: (adapted rows, r), multiplied by `scale` when it was cast; see kernels.lora_add.
+    """
+
+    a: Tensor
+    b: Tensor
+    master_a: Tensor
+    master_b: Tensor
+    scale: float
+    parts: tuple[LoraPart, ...]
+
+
+class SharedLinear:
+    """y = x W^T + bias (+ the adapter's update), over tensors that trainer and engine share.
+
+    Not an nn.Module: it owns no parameters of its own, and is held by the policy and by the engine's layer alike.
+
+    Attributes:
+        name: the fused module's name, e.g. `model.layers.0.self_attn.qkv_proj`.
+        parts: the Hugging Face projections in the order of their rows.
+        weight: the frozen base.
+        bias: (out,) or None.
+        slot: the adapter's place, or None where this projection is not adapted.
+        adapter_on: False while the bare base is wanted (the reference policy).
+    """
+
+    def __init__(self, name: str, parts: tuple[OutputPart, ...], weight: WeightStorage, bias: Tensor | None = None):
+        if parts[-1].stop != weight.out_features:
+            raise ValueError(f"{name}: parts end at row {parts[-1].stop}, the weight has {weight.out_features}")
+        self.name, self.parts, self.weight, self.bias = name, parts, weight, bias
+        self.slot: LoraSlot | None = None
+        self.adapter_on = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (tokens, in) -> (tokens, out), dtype of the base."""
+        y = self.weight.linear(x, self.bias)
+        if self.slot is None or not self.adapter_on:
+            return y
+        slot = self.slot
+        return lora_add_(y, x, slot.a, slot.b, slot.master_a, slot.master_b, slot.scale, slot.parts)
+
+    def part_name(self, part: OutputPart) -> str:
+        """Hugging Face's module name of one part, e.g. `model.layers.0.self_attn.q_proj`."""
+        return f"{self.name.rsplit('.', 1)[0]}.{part.name}"
+
+    def dense_parameters(self) -> dict[str, Tensor]:
+        """Hugging Face's parameter names of this projection's parts -> views of the shared tensors."""
+        named: dict[str, Tensor] = {}
+        for part in self.parts:
+            named[f"{self.part_name(part)}.weight"] = self.weight.rows(part.start, part.stop)
+            if self.bias is not None:
+                named[f"{self.part_name(part)}.bias"] = self.bias[part.start : part.stop]
+        return named
+
+    def slot_of(self, part: OutputPart) -> tuple[Tensor, Tensor] | None:
+        """Views (A (r, in), scaled B (rows, r)) of one part's slot, or None where it is not adapted."""
+        if self.slot is None:
+            return None
+        for lora_part in self.slot.parts:
+            if lora_part.name == part.name:
+                return self.slot.a[lora_part.a], self.slot.b[lora_part.b]
+        return None
+
+
+def merged_weight(linear: SharedLinear, part: OutputPart) -> Tensor:
+    """The part's weight with the adapter added, in fp32, (rows, in): for exports and for tests."""
+    weight = linear.weight.rows(part.start, part.stop).to(torch.float32, copy=True)
+    slot = linear.slot_of(part)
+    return weight if slot is None else weight.addmm_(slot[1].float(), slot[0].float())
