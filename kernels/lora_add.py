@@ -1,8 +1,9 @@
 """The low-rank update of a frozen linear (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3), added in place.
 
-A fused projection (qkv, gate_up) has one A matrix for all its outputs, stacked, and one B for each of them, stacked too.
-The forward reads the *slots*, the tensors in the compute dtype that the rollout engine reads as well; the gradients go to
-the fp32 *masters* the slots were cast from, so that trainer and engine see the same bits and the optimizer loses none.
+A fused projection (qkv, gate_up) has one A matrix for all its outputs, stacked, and one B for each of them, stacked
+too. The forward reads the *slots*, the tensors in the compute dtype that the rollout engine reads as well; the
+gradients go to the fp32 *masters* the slots were cast from, so that trainer and engine see the same bits and the
+optimizer loses none.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class _LoraAdd(torch.autograd.Function):
     """y[:, out] += (x @ A[a].T) @ B[b].T for each part; saves x and x @ A.T."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         x: Tensor,
@@ -49,7 +50,7 @@ class _LoraAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, down, slot_a, slot_b = ctx.saved_tensors
         grad_down = torch.empty_like(down)
         grad_b = torch.empty(slot_b.shape, dtype=torch.float32, device=slot_b.device)

@@ -1,12 +1,13 @@
 """Frozen linear and its LoRA update in one kernel, for the few rows of a decoding step.
 
-y = x W^T + bias + (x A_p^T) B_p^T. With few rows the product reads every byte of W once and computes little, so its time is
-the bytes over the bandwidth; two more launches for A and B cost a fifth of the step. Here each program takes the rows of W of
-one output tile and, in the same pass over the inputs, the A of the part that the tile belongs to (a few rows, from the L2
-cache), then adds u B^T to its tile. Bytes: those of W, plus A once and x once for each tile from the L2 cache.
+y = x W^T + bias + (x A_p^T) B_p^T. With few rows the product reads every byte of W once and computes little, so its
+time is the bytes over the bandwidth; two more launches for A and B cost a fifth of the step. Here each program takes
+the rows of W of one output tile and, in the same pass over the inputs, the A of the part that the tile belongs to (a
+few rows, from the L2 cache), then adds u B^T to its tile. Bytes: those of W, plus A once and x once for each tile from
+the L2 cache.
 
-Error: u = x A^T is rounded to the compute dtype before it meets B, as in the unfused form; the sum of base and update is
-rounded once instead of twice. Against the unfused form: 2 ulp of the larger of base and sum.
+Error: u = x A^T is rounded to the compute dtype before it meets B, as in the unfused form; the sum of base and update
+is rounded once instead of twice. Against the unfused form: 2 ulp of the larger of base and sum.
 """
 
 from collections.abc import Sequence
@@ -21,14 +22,16 @@ MAX_PARTS = 3  # q, k, v
 
 
 @triton.jit
-def _few_rows(
+def _few_rows(  # type: ignore[no-untyped-def]
     x, w, bias, a, b, y, rows, out_features, x_stride, y_stride,
     out0, stop0, b0, a0, out1, stop1, b1, a1, out2, stop2, b2, a2,
     IN: tl.constexpr, RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
-    in0, in1, in2 = (first >= out0) & (first < stop0), (first >= out1) & (first < stop1), (first >= out2) & (first < stop2)
+    in0 = (first >= out0) & (first < stop0)
+    in1 = (first >= out1) & (first < stop1)
+    in2 = (first >= out2) & (first < stop2)
     a_row = tl.where(in0, a0, tl.where(in1, a1, tl.where(in2, a2, 0)))
     b_row = tl.where(in0, b0 + first - out0, tl.where(in1, b1 + first - out1, tl.where(in2, b2 + first - out2, 0)))
     adapted = in0 | in1 | in2
@@ -89,8 +92,8 @@ def lora_linear_few_rows(
     b: Tensor,
     out_starts: Sequence[int],
     out_stops: Sequence[int],
-    b_starts: Sequence[int],
     a_starts: Sequence[int],
+    b_starts: Sequence[int],
     config: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """The fused product, where `fits`.
@@ -99,7 +102,8 @@ def lora_linear_few_rows(
         x: (rows, in), bf16 or fp16, rows at most MAX_ROWS.
         weight: (out, in); bias: (out,) or None.
         a: (parts * r, in); b: (adapted rows, r), scaled.
-        out_starts, out_stops, b_starts, a_starts: for each adapted part its rows in the output, its first row in `b` and in `a`.
+        out_starts, out_stops, b_starts, a_starts: for each adapted part its rows in the output, its first row in `b`
+            and in `a`.
         config: (BLOCK_N, BLOCK_K, warps, stages); by default `tile`.
 
     Returns:

@@ -1,7 +1,8 @@
 """A frozen linear and its low-rank update (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3) as one operator.
 
 This is what the rollout engine runs for every adapted projection. As an operator of its own it stays whole under
-torch.compile and is captured in CUDA graphs; it reads the slots at the addresses it was captured with.
+torch.compile and is captured in CUDA graphs; it reads the slots at the addresses it was captured with. Few rows on a GPU take one kernel
+(`lora_few_rows`); otherwise it is the base product, one product with every A, and one with each B.
 """
 
 import torch
@@ -29,6 +30,12 @@ def _lora_linear(
     b_starts: list[int],
 ) -> Tensor:
     rows, rank = x.reshape(-1, x.shape[-1]), b.shape[1]
+    if rows.is_cuda:  # where there is a GPU there is Triton
+        from .lora_few_rows import fits, lora_linear_few_rows
+
+        if fits(rows, out_starts, out_stops):
+            y = lora_linear_few_rows(rows, weight, bias, a, b, out_starts, out_stops, a_starts, b_starts)
+            return y.view(*x.shape[:-1], weight.shape[0])
     y = F.linear(rows, weight, bias)
     down = rows @ a.T
     for out_start, out_stop, a_start, b_start in zip(out_starts, out_stops, a_starts, b_starts, strict=True):

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or not there at all, and what an output directory holds.
 
 A checkpoint directory is filled by transformers.Trainer and then sealed: a manifest with every file's size and hash is
-written last, atomically. Only sealed checkpoints are resumed from; a run killed at any moment leaves at worst an unsealed one.
+written last, atomically. Only sealed checkpoints are resumed from; a run killed at any moment leaves at worst an
+unsealed one.
 """
 
 import hashlib
@@ -90,7 +91,8 @@ def resolve_resume(output_dir: Path, resume: str | bool | None) -> Path | None:
     """The checkpoint to go on from, or None to start at step 0.
 
     Args:
-        resume: True: the newest whole checkpoint of `output_dir`, if there is one; a path: that one; None or False: none.
+        resume: True: the newest whole checkpoint of `output_dir`, if there is one; a path: that one; None or False:
+            none.
 
     Raises:
         ValueError: the named checkpoint is damaged; or `output_dir` holds a run and `resume` was not given.
@@ -114,8 +116,8 @@ def resolve_resume(output_dir: Path, resume: str | bool | None) -> Path | None:
         newest = latest_complete(output_dir)
         state = f"its newest whole checkpoint is {newest.name}" if newest else "without a whole checkpoint"
         raise ValueError(
-            f"output_dir {output_dir} holds an unfinished run ({state}): pass resume_from_checkpoint=True to go on with it "
-            "(on the command line: --resume true), or choose another output_dir"
+            f"output_dir {output_dir} holds an unfinished run ({state}): pass resume_from_checkpoint=True to go on "
+            "with it (on the command line: --resume true), or choose another output_dir"
         )
     return None
 
@@ -128,7 +130,8 @@ def mark_finished(output_dir: Path, steps: int) -> None:
 def prepare_directory(output_dir: Path, start: Path | None) -> None:
     """Make `output_dir` ready to run from `start` (None: step 0): away with what a killed run left half done.
 
-    Rollouts of steps that will be made again go, so that none is double; unsealed checkpoints go, and the mark of an end.
+    Rollouts of steps that will be made again go, so that none is double; unsealed checkpoints go, and the mark of an
+    end.
     """
     step = int(start.name.removeprefix(PREFIX)) if start else 0
     rollouts = output_dir / ROLLOUTS
@@ -148,8 +151,9 @@ def check_disk(
 ) -> None:
     """Raise OSError where the disk cannot hold the checkpoints to come.
 
-    A checkpoint has the fp32 adapter and two fp32 moments of Adam: 12 bytes a trainable parameter. Room for one more than
-    are kept is needed, as the oldest is deleted after the newest is sealed; where all are kept, room for two is asked for.
+    A checkpoint has the fp32 adapter and two fp32 moments of Adam: 12 bytes a trainable parameter. Room for one more
+    than are kept is needed, as the oldest is deleted after the newest is sealed; where all are kept, room for two is
+    asked for.
 
     Args:
         free_bytes: for tests; by default what the file system of `output_dir` has free.
@@ -161,6 +165,7 @@ def check_disk(
     needed = one * ((checkpoints_kept or 1) + 1)
     if free_bytes < needed:
         raise OSError(
-            f"output_dir {output_dir}: {free_bytes / 2**20:.0f} MiB are free, the checkpoints need {needed / 2**20:.0f} MiB "
-            f"({one / 2**20:.0f} MiB each): free some space, choose another output_dir, or lower save_total_limit"
+            f"output_dir {output_dir}: {free_bytes / 2**20:.0f} MiB are free, the checkpoints need "
+            f"{needed / 2**20:.0f} MiB ({one / 2**20:.0f} MiB each): free some space, choose another output_dir, or "
+            "lower save_total_limit"
         )

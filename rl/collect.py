@@ -128,7 +128,7 @@ class Collector:
         return Collected(records, advantages.informative.tolist(), rollout_seconds, reward_seconds)
 
     def _generate(self, rows: Sequence[tuple[int, Row]], step: int, num_generations: int) -> list[Trajectory]:
-        sampling = SamplingParams(self.config.max_completion_length, self.config.temperature, self.stop_token_ids)
+        sampling = SamplingParams(self.config.completion_limit, self.config.temperature, self.stop_token_ids)
         requests = []
         for slot, (index, row) in enumerate(rows):
             prompt_ids = tuple(self.tokenize(row["prompt"], f"dataset row {index}"))

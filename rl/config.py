@@ -4,7 +4,7 @@ import json
 import math
 import os
 from dataclasses import InitVar, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import trl
@@ -56,7 +56,7 @@ class GRPOConfig(trl.GRPOConfig):
         ValueError: names the field, its value, why it cannot be used and what to do.
     """
 
-    device: InitVar[str | torch.device | None] = _Device()  # type: ignore[assignment]
+    device: InitVar[str | torch.device | None] = _Device()
 
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Step size of the optimizer on the LoRA matrices, above 0."}
@@ -98,9 +98,16 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "Most tokens in a prompt and its completion. Not given: what the model was made for."},
     )
-    reward_errors: str = field(
+    reward_errors: Literal["stop", "none"] = field(
         default="stop",
         metadata={"help": "When a reward function fails: `stop` the run, or score that sample `none` and go on."},
+    )
+    parity_limit: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when engine and trainer disagree by more than this many nats a token on average. Not given: "
+            "1e-3 in float32, 0.05 in bfloat16, 0.02 in float16."
+        },
     )
     log_entropy: bool = field(
         default=True, metadata={"help": "Log the mean entropy of the policy's next-token distributions, in nats."}
@@ -125,6 +132,20 @@ class GRPOConfig(trl.GRPOConfig):
             )
         self._n_gpu = 1  # else transformers would spread a batch over every card it sees with DataParallel
 
+    # TRL declares these two as possibly None; `_check_values` made sure that they are not.
+
+    @property
+    def group_size(self) -> int:
+        """Completions of one prompt: `num_generations`."""
+        assert self.num_generations is not None
+        return self.num_generations
+
+    @property
+    def completion_limit(self) -> int:
+        """Most tokens in a completion: `max_completion_length`."""
+        assert self.max_completion_length is not None
+        return self.max_completion_length
+
     # What follows from the folded batch.
 
     @property
@@ -141,8 +162,7 @@ class GRPOConfig(trl.GRPOConfig):
     @property
     def prompts_per_generation(self) -> int:
         """Different prompts among them: one for each group of `num_generations`."""
-        assert self.num_generations is not None  # checked to be an integer of at least 2
-        return self.completions_per_generation // self.num_generations
+        return self.completions_per_generation // self.group_size
 
     @property
     def minibatches_per_generation(self) -> int:
@@ -255,8 +275,7 @@ class GRPOConfig(trl.GRPOConfig):
             self.metric_for_best_model = "reward"
 
     def _fold_batches(self) -> None:
-        accumulation, group = self.gradient_accumulation_steps, self.num_generations
-        assert group is not None  # checked to be an integer of at least 2
+        accumulation, group = self.gradient_accumulation_steps, self.group_size
         per_step = self.per_device_train_batch_size * accumulation
         generated = self._completions_asked(per_step)
         if generated % per_step:

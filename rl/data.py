@@ -17,10 +17,11 @@ PROMPTS_CHECKED = 50_000  # longer datasets have the rest of their prompts check
 
 
 class PromptSchedule(Sampler[list[int]]):
-    """Batches of dataset indices, one for each optimizer step: a generation's prompts, repeated for each of its updates.
+    """Batches of dataset indices, one for each optimizer step.
 
-    The order of epoch e is a permutation that depends on (seed, e) alone, so resuming needs no state but the step.
-    Prompts that do not fill a last generation are left out of the epoch.
+    A generation's prompts are repeated for each of its updates. The order of epoch e is a permutation that depends on
+    (seed, e) alone, so resuming needs no state but the step. Prompts that do not fill a last generation are left out
+    of the epoch.
     """
 
     def __init__(self, size: int, prompts_per_generation: int, updates_per_generation: int, shuffle: bool, seed: int):
@@ -92,7 +93,7 @@ def prompt_loader(
         stream = dataset.shuffle(seed=seed) if shuffle else dataset
         return DataLoader(_PromptStream(stream, prompts_per_generation, updates_per_generation), batch_size=None)
     schedule = PromptSchedule(len(dataset), prompts_per_generation, updates_per_generation, shuffle, seed)
-    return _PromptLoader(_IndexedRows(dataset), batch_sampler=schedule, collate_fn=list)  # type: ignore[arg-type]
+    return _PromptLoader(_IndexedRows(dataset), batch_sampler=schedule, collate_fn=list)
 
 
 class PromptTokenizer:
@@ -112,7 +113,10 @@ class PromptTokenizer:
 
     def __call__(self, prompt: Prompt, where: str) -> list[int]:
         """Token ids of `prompt`; `where` names it in errors."""
-        if is_conversational({"prompt": prompt}):
+        encoded: Any  # a BatchEncoding, but typed as all that a template can be rendered to
+        if isinstance(prompt, str):
+            encoded = self.tokenizer(prompt)
+        elif is_conversational({"prompt": prompt}):
             if not self.tokenizer.chat_template:
                 raise ValueError(
                     f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; "
@@ -121,8 +125,6 @@ class PromptTokenizer:
             encoded = self.tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
             )
-        elif isinstance(prompt, str):
-            encoded = self.tokenizer(prompt)
         else:
             raise ValueError(
                 f"{where}: a prompt is a text or a list of messages with role and content, got {type(prompt).__name__}"
@@ -132,13 +134,14 @@ class PromptTokenizer:
             raise ValueError(f"{where}: the prompt has no tokens; remove the row")
         if len(ids) > self.max_tokens:
             raise ValueError(
-                f"{where}: the prompt has {len(ids)} tokens, at most {self.max_tokens} fit (the context less max_completion_length, "
-                "or max_prompt_length); shorten or drop it, lower max_completion_length, or raise max_context"
+                f"{where}: the prompt has {len(ids)} tokens, at most {self.max_tokens} fit (the context less "
+                "max_completion_length, or max_prompt_length); shorten or drop it, lower max_completion_length, or "
+                "raise max_context"
             )
         return ids
 
     def completion(self, text: str, prompt: Prompt) -> Prompt:
-        """`text` in the form reward functions get it: as it is, or as an assistant message for conversational prompts."""
+        """`text` in the form reward functions get it: as it is, or an assistant message for conversational prompts."""
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

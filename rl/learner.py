@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..weightshare.guard import ParityGuard
 from .config import GRPOConfig
 from .losses import Objective, TokenStreams, truncated_importance_weights
 from .metrics import Metrics, TokenStatistics
@@ -28,7 +29,6 @@ class Learner:
 
     def __init__(self, policy: Policy, args: GRPOConfig, metrics: Metrics, report: Callable[[str, int, int], None]):
         self.policy, self.args, self.metrics, self.report = policy, args, metrics, report
-        assert args.max_completion_length is not None  # checked by the config
         self.objective = Objective(
             loss_type=args.loss_type,
             epsilon_low=args.epsilon,
@@ -36,11 +36,12 @@ class Learner:
             delta=args.delta,
             beta=args.beta,
             bias_correction=args.use_bias_correction_kl,
-            max_completion_length=args.max_completion_length,
+            max_completion_length=args.completion_limit,
         )
         # With one update per generation the ratio is taken against the policy that sampled, as the engine reported it:
         # no forward for the old log-probs, and the clip bounds the gap between engine and trainer as well.
         self.old_is_engine = args.updates_per_generation == 1
+        self.guard = ParityGuard(args.parity_limit, policy.dtype)
 
     @torch.no_grad()
     def recompute_old_logprobs(self, samples: Sequence[TrainingSample]) -> None:
@@ -68,13 +69,17 @@ class Learner:
 
         Raises:
             FloatingPointError: the loss is not finite.
+            ParityError: engine and trainer disagree; nothing was updated yet.
         """
         statistics, tokens, started = TokenStatistics(), 0, time.perf_counter()
+        compared: list[tuple[Tensor, Tensor]] = []  # log-probs of (engine, trainer)
         total = torch.zeros((), device=self.policy.device)
         micro_batches = pack(samples, self.args.tokens_per_microbatch, self.policy.device)
         for index, micro in enumerate(micro_batches):
             self.report("training", index, len(micro_batches))
-            loss = self._backward(micro, statistics, first_update)
+            loss, pair = self._backward(micro, statistics)
+            if first_update:
+                compared.append(pair)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"step {step}: the loss is {loss.item()}; lower learning_rate or set max_grad_norm, check the "
@@ -85,13 +90,15 @@ class Learner:
         if not micro_batches:  # nothing to learn from: the optimizer still takes its step, with zero gradients
             for parameter in self.policy.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        self._note(statistics, first_update)
+        self._note(statistics)
+        if compared:
+            self._compare(step, *(torch.cat(side) for side in zip(*compared, strict=True)))
         if tokens:
             self.metrics.add("throughput/train_tokens_per_s", tokens / max(time.perf_counter() - started, 1e-9))
         return total
 
-    def _backward(self, micro: MicroBatch, statistics: TokenStatistics, first_update: bool) -> Tensor:
-        """Forward and backward of one micro-batch; returns its part of the loss."""
+    def _backward(self, micro: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Forward and backward of one micro-batch: its part of the loss, and the engine's and trainer's log-probs."""
         args, row = self.args, (micro.tokens, micro.lengths, micro.rows, micro.targets, self.args.temperature)
         ref_logprobs = None
         if args.beta != 0.0:
@@ -114,18 +121,27 @@ class Learner:
             ref_logprobs=ref_logprobs,
         )
         loss, per_token = self.objective.loss(streams)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for name, values in per_token.items():
             statistics.add(name, values, micro.sequence)
         if entropies is not None:
             statistics.add("entropy", entropies)
-        if first_update:
-            gap = logprobs.detach() - engine
-            statistics.add("gap", gap.abs())
-            statistics.add("engine_ratio", torch.exp(gap))
-        return loss.detach()
+        return loss.detach(), (engine, logprobs.detach())
 
-    def _note(self, statistics: TokenStatistics, first_update: bool) -> None:
+    def _compare(self, step: int, engine: Tensor, trainer: Tensor) -> None:
+        """The guard on this step's tokens, and its figures under TRL's names and ours."""
+        report, ratio = self.guard.observe(step, engine, trainer), torch.exp(trainer - engine)
+        figures = report.metrics() | {
+            "sampling/sampling_logp_difference/mean": report.mean_abs,
+            "sampling/sampling_logp_difference/max": report.max_abs,
+            "sampling/importance_sampling_ratio/min": ratio.min().item(),
+            "sampling/importance_sampling_ratio/mean": report.ratio_mean,
+            "sampling/importance_sampling_ratio/max": ratio.max().item(),
+        }
+        for name, value in figures.items():
+            self.metrics.add(name, value)
+
+    def _note(self, statistics: TokenStatistics) -> None:
         note = self.metrics.add
         note("entropy", statistics.mean("entropy"))
         note("clip_ratio/low_mean", statistics.mean("clip_low"))
@@ -134,10 +150,3 @@ class Learner:
         note("clip_ratio/low_min", statistics.sequence_extremes("clip_low")[0])
         note("clip_ratio/high_max", statistics.sequence_extremes("clip_high")[1])
         note("kl", statistics.mean("kl"))
-        if first_update:
-            smallest, largest = statistics.extremes("engine_ratio")
-            note("sampling/sampling_logp_difference/mean", statistics.mean("gap"))
-            note("sampling/sampling_logp_difference/max", statistics.extremes("gap")[1])
-            note("sampling/importance_sampling_ratio/min", smallest)
-            note("sampling/importance_sampling_ratio/mean", statistics.mean("engine_ratio"))
-            note("sampling/importance_sampling_ratio/max", largest)

@@ -1,8 +1,8 @@
 """The policy loss as pure functions of per-token streams.
 
-The trainer knows log-probs, advantages and shares, not algorithms: an `Objective` says which share of the step's loss each
-sequence's tokens have (the normaliser, over the whole optimizer step, so that the split into micro-batches cannot matter)
-and what each token's loss is.
+The trainer knows log-probs, advantages and shares, not algorithms: an `Objective` says which share of the step's loss
+each sequence's tokens have (the normaliser, over the whole optimizer step, so that the split into micro-batches cannot
+matter) and what each token's loss is.
 """
 
 from collections.abc import Sequence

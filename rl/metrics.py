@@ -42,7 +42,6 @@ class TokenStatistics:
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._sequence_means: dict[str, list[Tensor]] = defaultdict(list)
-        self._extremes: dict[str, tuple[float, float]] = {}
 
     def add(self, name: str, values: Tensor, sequence: Tensor | None = None) -> None:
         """Note per-token values (n,); with `sequence` (n,) also the mean of each sequence."""
@@ -50,8 +49,6 @@ class TokenStatistics:
             return
         self._sums[name] += values.sum().item()
         self._counts[name] += values.numel()
-        low, high = self._extremes.get(name, (math.inf, -math.inf))
-        self._extremes[name] = (min(low, values.min().item()), max(high, values.max().item()))
         if sequence is not None:
             totals = torch.zeros(int(sequence.max()) + 1, device=values.device)
             counts = torch.zeros_like(totals)
@@ -62,10 +59,6 @@ class TokenStatistics:
     def mean(self, name: str) -> float:
         """Mean over all tokens; NaN where there were none."""
         return self._sums[name] / self._counts[name] if self._counts[name] else math.nan
-
-    def extremes(self, name: str) -> tuple[float, float]:
-        """(smallest, largest) value over all tokens; NaN where there were none."""
-        return self._extremes.get(name, (math.nan, math.nan))
 
     def sequence_extremes(self, name: str) -> tuple[float, float]:
         """(smallest, largest) of the sequences' means; NaN where there were none."""

@@ -47,6 +47,7 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("epsilon_high", False, 0, True),
     ("delta", False, 0, False),
     ("vllm_importance_sampling_clip_max", False, 0, False),
+    ("parity_limit", False, 0, False),
 )
 
 _WHY = {

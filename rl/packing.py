@@ -59,9 +59,10 @@ class MicroBatch:
 
 
 def pack(samples: Sequence[TrainingSample], token_budget: int, device: torch.device | str = "cpu") -> list[MicroBatch]:
-    """Split samples into micro-batches of at most `token_budget` tokens each, longest first, into the first that has room.
+    """Split samples into micro-batches of at most `token_budget` tokens each.
 
-    A sample longer than the budget gets a micro-batch of its own. Samples without trained tokens are left out.
+    Longest first, each into the first that has room. A sample longer than the budget gets a micro-batch of its own.
+    Samples without trained tokens are left out.
     """
     bins: list[tuple[int, list[TrainingSample]]] = []
     for sample in sorted((s for s in samples if s.targets), key=lambda s: -len(s.tokens)):

@@ -258,12 +258,13 @@ def load(
         tensors = read_checkpoint(directory)
     else:
         raise TypeError(f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}")
-    weights = SharedWeights.empty(model_layout(block_spec(config)), _resolve_dtype(dtype, config, place), place)
+    weights = SharedWeights.empty(model_layout(block_spec(config)), resolve_dtype(dtype, config, place), place)
     load_weights(weights, tensors)
     return build(weights, config, lora, seed)
 
 
-def _resolve_dtype(dtype: torch.dtype | str, config: Any, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype of base and products; see `load`."""
     if dtype == "auto":
         stored = config.dtype or config.get_text_config().dtype
         if device.type == "cpu":

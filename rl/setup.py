@@ -1,11 +1,14 @@
 """What a run is made of, built from what the user named: tokenizer, stop tokens, policy and engine."""
 
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -16,14 +19,17 @@ from transformers import (
 )
 
 from ..rollout.engine import RolloutEngine
+from ..rollout.self_test import self_test
+from ..rollout.trajectory import Trajectory
 from ..rollout.transformers_engine import TransformersEngine
+from ..weightshare.guard import ParityGuard
 from .config import GRPOConfig
-from .policy import Policy, load
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from .families import block_spec
+from .policy import Policy, load, resolve_dtype
 
 ModelLike = str | Path | Policy | PreTrainedModel
+TRANSFORMERS_ENGINE_KWARGS = {"max_sequences", "prefill_tokens"}
+MAX_SEQUENCES = {"cuda": 256, "cpu": 64}  # of vLLM at once, where a generation has that many
 DEFAULT_LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -40,31 +46,33 @@ def model_config(model: ModelLike) -> PreTrainedConfig:
 def load_tokenizer(model: ModelLike) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the checkpoint."""
     name = model_name(model)
+    missing = f"no tokenizer found for {name}: pass processing_class, or save the tokenizer beside the model"
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer found for {name}: pass processing_class, or save the tokenizer beside the model"
-        ) from error
+        raise ValueError(missing) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # for some families transformers makes up an empty one
+        raise ValueError(missing)
+    return tokenizer
 
 
 def stop_token_ids(model: ModelLike, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Everything that ends a completion: the tokenizer's EOS and those of the checkpoint's generation config."""
-    stops = {tokenizer.eos_token_id}
-    if isinstance(model, PreTrainedModel):
-        generation = model.generation_config
-    elif isinstance(model, (str, Path)) and not (
-        Path(model).is_dir() and not (Path(model) / "generation_config.json").is_file()
-    ):
-        generation = GenerationConfig.from_pretrained(str(model))
-    else:
-        generation = None
+    generation = model.generation_config if isinstance(model, PreTrainedModel) else _stored_generation_config(model)
     eos = generation.eos_token_id if generation is not None else None
-    stops |= set(eos) if isinstance(eos, list) else {eos}
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     found = tuple(sorted(stop for stop in stops if stop is not None))
     if not found:
         raise ValueError("the tokenizer has no EOS token: completions would never end; set tokenizer.eos_token")
     return found
+
+
+def _stored_generation_config(model: ModelLike) -> GenerationConfig | None:
+    """What lies beside the checkpoint; None where nothing does."""
+    try:
+        return GenerationConfig.from_pretrained(model_name(model))
+    except (OSError, ValueError):
+        return None
 
 
 def choose_engine(name: str, device: torch.device) -> str:
@@ -77,8 +85,15 @@ def choose_engine(name: str, device: torch.device) -> str:
 def build(
     model: ModelLike, args: GRPOConfig, lora: LoraConfig | None, max_context: int
 ) -> tuple[Policy, RolloutEngine]:
-    """The policy with its adapter, and an engine on the same tensors."""
+    """The policy with its adapter, and an engine on the same tensors; with vLLM they are compared before anything else.
+
+    Raises:
+        ValueError: what cannot be loaded or trained, or engine options that do not exist.
+        ParityError: vLLM and the policy do not compute the same.
+    """
     lora = lora or DEFAULT_LORA
+    if choose_engine(args.engine, args.device) == "vllm":
+        return _build_on_vllm(model, args, lora, max_context)
     if isinstance(model, Policy):
         policy = model
         if policy.adapter is None:
@@ -87,6 +102,59 @@ def build(
             )
     else:
         policy = load(model, lora, dtype=args.dtype, device=args.device, seed=args.seed)
-    kwargs = args.engine_kwargs or {}
-    engine = TransformersEngine(policy.weights, policy.config, max_context=max_context, **kwargs)
+    kwargs = _engine_kwargs(args)
+    unknown = kwargs.keys() - TRANSFORMERS_ENGINE_KWARGS
+    if unknown:
+        raise ValueError(
+            f"engine_kwargs: the transformers engine has no {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(sorted(TRANSFORMERS_ENGINE_KWARGS))}"
+        )
+    return policy, TransformersEngine(policy.weights, policy.config, max_context=max_context, **kwargs)
+
+
+def _build_on_vllm(
+    model: ModelLike, args: GRPOConfig, lora: LoraConfig, max_context: int
+) -> tuple[Policy, RolloutEngine]:
+    """vLLM loads the checkpoint; the policy is built on its tensors."""
+    from ..rollout.vllm_engine import VLLMEngine
+
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"engine='vllm' loads the checkpoint itself: pass its directory or hub id, not a {type(model).__name__}, "
+            "or set engine='transformers'"
+        )
+    config, kwargs = model_config(model), _engine_kwargs(args)
+    block_spec(config)  # refuses what the policy cannot run before vLLM loads it
+    kwargs.setdefault("max_num_seqs", min(MAX_SEQUENCES[args.device.type], args.completions_per_generation))
+    engine = VLLMEngine(
+        model,
+        lora,
+        dtype=resolve_dtype(args.dtype, config, args.device),
+        max_context=max_context,
+        device=args.device,
+        seed=args.seed,
+        engine_kwargs=kwargs,
+    )
+    policy = Policy(engine.weights, engine.config, engine.adapter)
+    guard = ParityGuard(args.parity_limit, policy.dtype)
+    self_test(engine, partial(score, policy), guard, engine.weights, engine.adapter)
     return policy, engine
+
+
+def score(policy: Policy, trajectories: Sequence[Trajectory]) -> Tensor:
+    """The policy's log-probs at temperature 1 of every completion token, concatenated, (tokens,) fp32."""
+    sequences = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in trajectories]
+    rows, start = [], 0
+    for trajectory, sequence in zip(trajectories, sequences, strict=True):
+        rows += range(start + len(trajectory.prompt_ids) - 1, start + len(sequence) - 1)
+        start += len(sequence)
+    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    targets = torch.tensor([token for trajectory in trajectories for token in trajectory.completion_ids])
+    with torch.no_grad():
+        return policy.logprobs(tokens, [len(sequence) for sequence in sequences], torch.tensor(rows), targets)[0]
+
+
+def _engine_kwargs(args: GRPOConfig) -> dict[str, Any]:
+    kwargs = args.engine_kwargs or {}
+    assert isinstance(kwargs, dict)  # the config parses JSON
+    return dict(kwargs)

@@ -1,7 +1,7 @@
 """GRPOTrainer: TRL's constructor and contracts around a loop of packed, token-budgeted micro-batches.
 
-One Trainer step is one optimizer step: generate and score (every `updates_per_generation` steps), put the engine to sleep,
-forward and backward for each micro-batch, step the masters, cast them into the slots that the engine reads.
+One Trainer step is one optimizer step: generate and score (every `updates_per_generation` steps), put the engine to
+sleep, forward and backward for each micro-batch, step the masters, cast them into the slots that the engine reads.
 """
 
 import math
@@ -17,13 +17,14 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..rewards.model import RewardModel
 from ..rewards.runner import RewardRunner
 from ..rollout.records import RolloutRecord, read_records, rollout_path, write_records
+from ..weightshare.guard import ParityError
 from . import checkpoint, setup
 from .advantages import compute_advantages
 from .collect import EVALUATION_STEP, Collected, Collector
@@ -42,10 +43,11 @@ class GRPOTrainer(Trainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300) of a LoRA adapter.
 
     Args:
-        model: a checkpoint directory or hub id; a `transformers` model (its weights are copied); or a `colora.load`ed Policy.
-        reward_funcs: one or several: functions by TRL's contract,
-            `f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]`,
-            sync or async; or sequence-classification models (a path, hub id or module).
+        model: a checkpoint directory or hub id; a `transformers` model (its weights are copied); or a `colora.load`ed
+            Policy.
+        reward_funcs: one or several: functions by TRL's contract, `f(prompts, completions, completion_ids,
+            trainer_state, log_extra, log_metric, **columns) -> list[float | None]`, sync or async; or
+            sequence-classification models (a path, hub id or module).
         args: the options; by default `GRPOConfig("<model>-GRPO")`.
         train_dataset: rows with a `prompt` (text or messages); the other columns go to the reward functions.
         eval_dataset: the same, or a dict of such, for `evaluate`.
@@ -60,6 +62,7 @@ class GRPOTrainer(Trainer):
     """
 
     args: GRPOConfig
+    eval_dataset: Dataset | dict[str, Dataset] | None
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -82,6 +85,7 @@ class GRPOTrainer(Trainer):
         tokenizer = processing_class or setup.load_tokenizer(model)
         stops = setup.stop_token_ids(model, tokenizer)
         max_context, max_prompt = _context(setup.model_config(model), args)
+        assert not isinstance(args.chat_template_kwargs, str)  # the config has parsed it
         tokenize = PromptTokenizer(tokenizer, max_prompt, args.chat_template_kwargs)
         check_dataset(train_dataset, "train_dataset", tokenize, args.prompts_per_generation)
         for name, dataset in _named_datasets(eval_dataset):
@@ -95,7 +99,7 @@ class GRPOTrainer(Trainer):
         super().__init__(
             model=self.policy,
             args=args,
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]  # a batch stays a list of rows
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -123,12 +127,14 @@ class GRPOTrainer(Trainer):
             self.train_dataset,
             args.prompts_per_generation,
             args.updates_per_generation,
-            args.shuffle_dataset,
+            bool(args.shuffle_dataset),
             args.seed,
         )
 
-    def training_step(self, model: nn.Module, inputs: list[tuple[int, Row]], num_items_in_batch: Any = None) -> Tensor:
-        """One optimizer step's gradients: new rollouts where they are due, then forward and backward of every micro-batch.
+    def training_step(  # type: ignore[override]  # a batch is rows, not tensors
+        self, model: nn.Module, inputs: list[tuple[int, Row]], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One optimizer step's gradients: new rollouts where they are due, then every micro-batch forward and backward.
 
         Args:
             inputs: (dataset index, row) of the prompts of the generation that this step uses.
@@ -150,8 +156,14 @@ class GRPOTrainer(Trainer):
     def _generate(self, rows: list[tuple[int, Row]]) -> None:
         """Make, score and store the rollouts of the coming updates."""
         step = self.state.global_step + 1
+        if not self.adapter.is_published():
+            raise ParityError(
+                f"step {step}: the adapter's slots are not what its masters give: something besides the optimizer wrote "
+                "to them (a callback, code that keeps the slots' tensors); call adapter.publish() after writing masters, "
+                "never write slots, and resume from the last checkpoint"
+            )
         with self._engine_awake():
-            collected = self.collector.collect(rows, step, self.args.num_generations, self._metrics, self.state)
+            collected = self.collector.collect(rows, step, self.args.group_size, self._metrics, self.state)
         self._note_generation(collected)
         self._adopt(collected.records)
         assert self._samples is not None
@@ -179,7 +191,7 @@ class GRPOTrainer(Trainer):
         advantages = compute_advantages(
             torch.tensor(values, dtype=torch.float32),
             torch.tensor(self.rewards.weights),
-            self.args.num_generations,
+            self.args.group_size,
             self.args.scale_rewards,
             self.args.multi_objective_aggregation,
         )
@@ -188,7 +200,7 @@ class GRPOTrainer(Trainer):
         self._informative = advantages.informative.tolist()
 
     def _minibatch(self, update: int) -> list[TrainingSample]:
-        """The completions of one optimizer step, with their shares of its loss set; those that cannot matter left out."""
+        """The completions of one optimizer step, their shares of its loss set; those that cannot matter left out."""
         assert self._samples is not None
         order = list(range(len(self._samples)))
         count = self.args.minibatches_per_generation
@@ -222,7 +234,7 @@ class GRPOTrainer(Trainer):
         return optimizer
 
     def _publish(self) -> None:
-        """Hand the adapter to both forwards: the masters go into the slots, the engine forgets what the old ones gave."""
+        """Hand the adapter to both forwards: masters go into the slots, the engine forgets what the old ones gave."""
         self.adapter.publish()
         self.engine.adapter_changed()
 
@@ -248,7 +260,7 @@ class GRPOTrainer(Trainer):
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; pass one to the trainer or to evaluate()")
         started, metrics = time.perf_counter(), Metrics()
-        generations = self.args.num_generations_eval or self.args.num_generations
+        generations = self.args.num_generations_eval or self.args.group_size
         with self._engine_awake():
             collected = self.collector.collect(
                 list(enumerate(dataset)), EVALUATION_STEP, generations, metrics, self.state
@@ -271,8 +283,8 @@ class GRPOTrainer(Trainer):
         """Train to `max_steps` or `num_train_epochs`.
 
         Args:
-            resume_from_checkpoint: True goes on from the newest whole checkpoint of `output_dir`, or from the start where
-                there is none; a path goes on from that checkpoint.
+            resume_from_checkpoint: True goes on from the newest whole checkpoint of `output_dir`, or from the start
+                where there is none; a path goes on from that checkpoint.
 
         Raises:
             ValueError: `output_dir` holds another run, or the checkpoint is damaged; OSError: the disk is too full.
@@ -348,11 +360,16 @@ def _reward_functions(
     reward_funcs: RewardFunction | Sequence[RewardFunction], tokenizers: Sequence[PreTrainedTokenizerBase | None] | None
 ) -> list[Callable[..., Any]]:
     """Functions as they are; models wrapped so that they can be called alike."""
-    functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    functions: list[RewardFunction] = []
+    if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str):
+        functions += reward_funcs
+    else:
+        functions.append(reward_funcs)
     each = tokenizers or [None] * len(functions)
     if len(each) != len(functions):
         raise ValueError(
-            f"reward_processing_classes has {len(each)} entries, reward_funcs has {len(functions)}: give one for each (None for functions)"
+            f"reward_processing_classes has {len(each)} entries, reward_funcs has {len(functions)}: give one for each "
+            "(None for functions)"
         )
     return [
         RewardModel(function, tokenizer) if isinstance(function, (str, nn.Module)) else function
@@ -369,11 +386,12 @@ def _context(config: Any, args: GRPOConfig) -> tuple[int, int]:
                 f"max_context={args.max_context} is over the model's max_position_embeddings ({context}); lower it"
             )
         context = args.max_context
-    if args.max_completion_length >= context:
+    if args.completion_limit >= context:
         raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in a context of {context} tokens; lower it"
+            f"max_completion_length={args.completion_limit} leaves no room for a prompt in a context of {context} "
+            "tokens; lower it"
         )
-    longest = context - args.max_completion_length
+    longest = context - args.completion_limit
     return context, min(longest, args.max_prompt_length or longest)
 
 

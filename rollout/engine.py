@@ -62,7 +62,7 @@ class RolloutEngine(Protocol):
         ...
 
     def adapter_changed(self) -> None:
-        """The slots were written: forget everything computed with the old ones. Refused while requests are unfinished."""
+        """The slots were written: forget what was computed with the old ones. Refused while requests are unfinished."""
         ...
 
     def sleep(self) -> None:

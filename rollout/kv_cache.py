@@ -57,7 +57,7 @@ class GrowingLayer(DynamicLayer):
     """One layer's keys and values, (batch, kv_heads, cached, head_dim) each, appended in place.
 
     transformers' own layer copies everything it holds for every token; this one leaves room behind the last token and
-    copies when the room is used up. Supports appending, selecting rows and reset, which is what the engine does.
+    copies when the room is used up. Supports appending and selecting rows, which is what the engine does.
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,6 @@ class GrowingLayer(DynamicLayer):
             cached = self.get_seq_length()
             self._key_room, self._value_room = self._key_room[indices], self._value_room[indices]
             self._show(cached)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._key_room = self._value_room = None
-        super().reset()
 
     def _show(self, cached: int) -> tuple[Tensor, Tensor]:
         """Make `keys` and `values`, which transformers reads, the filled part of the room."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 
 CHARACTERS = "0123456789+-*=?:,. abcdefghijklmnopqrstuvwxyz"
@@ -15,6 +15,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {character: index for index, character in enumerate(CHARACTERS)} | {"<eos>": EOS, "<pad>": PAD}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
 
 
@@ -26,7 +27,7 @@ def tiny_config() -> PreTrainedConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=32,  # vLLM has no CPU attention for smaller ones
         max_position_embeddings=64,
         tie_word_embeddings=True,
         eos_token_id=EOS,

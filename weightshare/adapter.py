@@ -197,6 +197,13 @@ class Adapter(nn.Module):
         self._flat_slot[:split].copy_(self._flat_master[:split])
         torch.mul(self._flat_master[split:], self.scale, out=self._flat_slot[split:])
 
+    @torch.no_grad()
+    def is_published(self) -> bool:
+        """Whether the slots are what the masters give: False where someone else wrote to them, or to the masters."""
+        split, dtype = self._a_numel, self._flat_slot.dtype
+        same_a = torch.equal(self._flat_slot[:split], self._flat_master[:split].to(dtype))
+        return same_a and torch.equal(self._flat_slot[split:], (self._flat_master[split:] * self.scale).to(dtype))
+
     @property
     def slot_bytes(self) -> int:
         """Bytes of all slots."""

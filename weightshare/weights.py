@@ -15,7 +15,7 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class LinearLayout:
-    """A fused projection: its name, its parts (Hugging Face name, rows) in order, its inputs, and whether it has a bias."""
+    """A fused projection: its name, its parts (Hugging Face name, rows) in order, its inputs, whether it has a bias."""
 
     name: str
     parts: tuple[tuple[str, int], ...]
@@ -36,7 +36,7 @@ class LinearLayout:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Every tensor of a model: fused projections, and the rest (embedding, head, norms) by Hugging Face name and shape."""
+    """Every tensor of a model: fused projections; the rest (embedding, head, norms) by Hugging Face name and shape."""
 
     linears: tuple[LinearLayout, ...]
     tensors: dict[str, tuple[int, ...]]

@@ -1,39 +1,127 @@
 """A decoder of about a million parameters and a character-level tokenizer, made and warmed up on the spot.
 
-The warm-up is plain supervised learning, stopped as soon as the model is right on some problems, and no further: what
-is left to learn is left to the reward function.
+The warm-up is plain supervised learning from a careless teacher, who forgets to carry in CARELESS of the sums: the model
+ends up right on the problems that need no carry, and on few others. To carry is left to the reward function.
 """
 
-import json
 import random
 import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-CHARACTERS = "0123456789+-= "
+CHARACTERS = "0123456789+= "
 LARGEST = 99
+CARELESS = 0.6  # share of sums in which the teacher forgets to carry
+WARM = 0.42  # mean probability of the right answer at which the warm-up stops; a perfect pupil would reach 0.56
+LONGEST = len("99+99=198") + 1  # with the end of text
+BATCH = 128
+
+Problem = tuple[int, int]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and an end-of-text token."""
-    vocab = {character: index for index, character in enumerate(CHARACTERS)}
-    vocab |= {"<eos>": len(vocab), "<pad>": len(vocab) + 1}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-
-
-def problems(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All sums of two numbers up to LARGEST, shuffled: (to train on, held out)."""
+def problems(seed: int) -> tuple[list[Problem], list[Problem]]:
+    """All sums of two numbers up to LARGEST, shuffled: (to learn from, held out)."""
     pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
     random.Random(seed).shuffle(pairs)
     return pairs[:-400], pairs[-400:]
 
 
-def prompt(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}+{pair[1]}="
+def question(problem: Problem) -> str:
+    return f"{problem[0]}+{problem[1]}="
+
+
+def answer(problem: Problem) -> str:
+    return str(sum(problem))
+
+
+def careless_answer(problem: Problem) -> str:
+    """The sum of each column, carries forgotten: 17+14=21."""
+    a, b = problem
+    return str((a // 10 + b // 10) % 10 * 10 + (a + b) % 10)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, and an end-of-text token."""
+    vocab = {token: index for index, token in enumerate([*CHARACTERS, "<eos>", "<pad>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()  # characters are joined without spaces
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def encode(pairs: list[Problem], answers: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids and labels (only the answer and the end of text count), both (problems, LONGEST)."""
+    ids = torch.full((len(pairs), LONGEST), tokenizer.pad_token_id)
+    labels = torch.full((len(pairs), LONGEST), -100)
+    for row, (pair, text) in enumerate(zip(pairs, answers, strict=True)):
+        tokens = tokenizer(question(pair) + text)["input_ids"] + [tokenizer.eos_token_id]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, len(question(pair)) : len(tokens)] = ids[row, len(question(pair)) : len(tokens)]
+    return ids, labels
+
+
+@torch.no_grad()
+def right_probability(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> float:
+    """Mean probability of the right answer as a whole."""
+    logprobs, wanted = model(input_ids=ids).logits[:, :-1].log_softmax(-1), labels[:, 1:]
+    each = logprobs.gather(-1, wanted.clamp(min=0)[..., None])[..., 0].masked_fill(wanted == -100, 0.0)
+    return each.sum(-1).exp().mean().item()
+
+
+def warm_up(directory: Path, seed: int) -> Path:
+    """Make tokenizer and model, train until the right answer has the probability WARM, and save to `directory`.
+
+    Returns `directory` at once where it already holds them.
+    """
+    if (directory / "model.safetensors").is_file():
+        return directory
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    pairs, held_out = problems(seed)
+    teacher = random.Random(seed)
+    lessons = [careless_answer(pair) if teacher.random() < CARELESS else answer(pair) for pair in pairs]
+    ids, labels = encode(pairs, lessons, tokenizer)
+    test = encode(held_out, [answer(pair) for pair in held_out], tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    started, step, right = time.perf_counter(), 0, 0.0
+    while right < WARM:
+        rows = torch.randint(0, len(ids), (BATCH,))
+        loss = model(input_ids=ids[rows], labels=labels[rows]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ramp.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 10 == 0:
+            right = right_probability(model, *test)
+        if step % 50 == 0:
+            seconds = time.perf_counter() - started
+            print(f"  warm-up step {step}: probability of the right answer {right:.2f}, {seconds:.0f} s", flush=True)
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+    return directory

@@ -1,7 +1,7 @@
 """The whole algorithm, slow and obvious: GRPO with LoRA in plain torch, padded, one loop, no cache.
 
-Everything the package computes in a clever way is computed here in the plain one; the tests compare the two. Notation as
-in DeepSeekMath (arXiv 2402.03300): G completions y_i of a prompt x, rewards R_i, ratio r_t = pi(y_t) / pi_old(y_t).
+Everything the package computes in a clever way is computed here in the plain one; the tests compare the two. Notation
+as in DeepSeekMath (arXiv 2402.03300): G completions y_i of a prompt x, rewards R_i, ratio r_t = pi(y_t) / pi_old(y_t).
 Shapes: B completions, T tokens of the longest row, V vocabulary.
 """
 

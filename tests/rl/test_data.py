@@ -37,7 +37,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
     assert epoch(1, 5) == epoch(1, 5)
     assert epoch(1, 5) != epoch(2, 5) != epoch(2, 6)
-    assert sorted(sum(epoch(3, 5), [])) == list(range(8))
+    assert sorted(index for batch in epoch(3, 5) for index in batch) == list(range(8))
 
 
 def test_skipping_batches_on_resume_keeps_the_order() -> None:

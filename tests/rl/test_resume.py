@@ -14,6 +14,7 @@ import pytest
 from colora.rl.checkpoint import FINISHED, checkpoints
 from colora.rollout.records import read_records
 from safetensors.torch import load_file
+
 from ..tiny_runs import tiny_checkpoint
 
 SCRIPT = """
@@ -30,8 +31,9 @@ def threes(completion_ids, **_):
     return [0.25 * sum(token % 3 == 0 for token in ids) for ids in completion_ids]
 
 config = GRPOConfig(
-    output, per_device_train_batch_size=8, num_generations=4, max_completion_length=10, learning_rate=3e-3, max_steps=12,
-    num_iterations=updates, save_steps=1, save_total_limit=2, report_to=[], device="cpu", gradient_checkpointing=False,
+    output, per_device_train_batch_size=8, num_generations=4, max_completion_length=10, learning_rate=3e-3,
+    max_steps=12, num_iterations=updates, save_steps=1, save_total_limit=2, report_to=[], device="cpu",
+    gradient_checkpointing=False,
 )
 trainer = GRPOTrainer(model, threes, config, Dataset.from_dict({"prompt": [f"{n}+1=" for n in range(10)]}),
                       peft_config=LoraConfig(r=4, init_lora_weights=False))

