@@ -67,8 +67,8 @@ def run_vllm_lora(checkpoint: Path, repeats: int) -> dict[int, list[float]]:
         load(checkpoint, LORA, torch.bfloat16, "cpu", seed=0).adapter.save(adapter)
     llm = LLM(
         str(checkpoint), enable_lora=True, max_lora_rank=16, max_loras=1, dtype="bfloat16", max_model_len=4096,
-        max_num_seqs=max(BATCHES), kv_cache_memory_bytes=32 * GIB, enable_prefix_caching=False, skip_tokenizer_init=True,
-        async_scheduling=False, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"},
+        max_num_seqs=max(BATCHES), kv_cache_memory_bytes=32 * GIB, enable_prefix_caching=False,
+        skip_tokenizer_init=True, async_scheduling=False, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"},
     )  # fmt: skip
 
     def run(count: int, tokens: int) -> None:
@@ -96,8 +96,9 @@ def in_a_process(variant: str, arguments: argparse.Namespace) -> dict[int, list[
         "--repeats",
         str(arguments.repeats),
     ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    print(f"{variant:10} tokens/s {result.stdout.splitlines()[-1]}", flush=True)
     return {int(count): speeds for count, speeds in json.loads(result.stdout.splitlines()[-1]).items()}
 
 
@@ -119,7 +120,8 @@ def main() -> None:
             bar=bar, bar_is="the same engine without adapter, same run",
             peers={"vllm_lora": round(best["vllm_lora"] / best["without"], 3)},
             tok_s={variant: round(speed) for variant, speed in best.items()},
-            repeats=arguments.repeats, spread=round(max(speeds["adapter"][count]) / min(speeds["adapter"][count]) - 1, 3),
+            repeats=arguments.repeats,
+            spread=round(max(speeds["adapter"][count]) / min(speeds["adapter"][count]) - 1, 3),
         )  # fmt: skip
     print(report.write())
 

@@ -1,4 +1,4 @@
-"""One engine, one policy, one copy: memory after start, the KV pool asleep and awake, and the adapter's way to the slots.
+"""One engine, one policy, one copy: memory after start, the KV pool asleep and awake, the adapter's way to the slots.
 
 `python benchmarks/sharing.py CHECKPOINT` on a checkpoint of `benchmarks/checkpoints.py`.
 """
@@ -71,7 +71,8 @@ def measure_adapter(engine: VLLMEngine, report: Report, repeats: int) -> None:
     }
     report.add(
         "adapter.masters_to_slots_ms", cast * 1e3, "ms", "lower",
-        bar=5, bar_is="5 ms", repeats=repeats, spread=round(spread, 3), with_prefix_cache_reset_ms=round(whole * 1e3, 3), **facts,
+        bar=5, bar_is="5 ms", repeats=repeats, spread=round(spread, 3),
+        with_prefix_cache_reset_ms=round(whole * 1e3, 3), **facts,
     )  # fmt: skip
     assert changed, "the captured graphs did not see the written slots"
 
@@ -86,7 +87,8 @@ def main() -> None:
     base = used_gib()
     started = time.perf_counter()
     engine = VLLMEngine(
-        arguments.checkpoint, LORA, dtype=torch.bfloat16, max_context=4096, device="cuda", max_sequences=32, kv_cache_bytes=10 * GIB
+        arguments.checkpoint, LORA, dtype=torch.bfloat16, max_context=4096, device="cuda",
+        max_sequences=32, kv_cache_bytes=10 * GIB,
     )  # fmt: skip
     policy = Policy(engine.weights, engine.config, engine.adapter)
     start_seconds = time.perf_counter() - started
@@ -97,7 +99,8 @@ def main() -> None:
     report.add(
         "share.memory_after_start_gib", above_pool, "GiB", "lower",
         bar=round(checkpoint_gib + 2.5, 2), bar_is="checkpoint bytes + 2.5 GiB, policy built",
-        checkpoint_gib=round(checkpoint_gib, 2), kv_pool_gib=round(engine.kv_cache_bytes / GIB, 2), start_seconds=round(start_seconds, 1),
+        checkpoint_gib=round(checkpoint_gib, 2), kv_pool_gib=round(engine.kv_cache_bytes / GIB, 2),
+        start_seconds=round(start_seconds, 1),
     )  # fmt: skip
     measure_sleep(engine, report, arguments.repeats)
     measure_adapter(engine, report, arguments.repeats)

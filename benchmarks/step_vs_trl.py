@@ -1,7 +1,7 @@
 """One GRPO step of ours against one of TRL's colocated, on the same work in the same run.
 
-64 completions of 1024 tokens (8 prompts of 512, 8 each), bf16, LoRA r=16 on all linears; completions never end early, as the
-weights are random. Each side runs in a process of its own: `python benchmarks/step_vs_trl.py CHECKPOINT`.
+64 completions of 1024 tokens (8 prompts of 512, 8 each), bf16, LoRA r=16 on all linears; the weights are random, so that
+hardly a completion ends early. Each side runs in a process of its own: `python benchmarks/step_vs_trl.py CHECKPOINT`.
 """
 
 import argparse
@@ -79,7 +79,8 @@ def train_trl(checkpoint: Path, clock: Clock, rows_per_microbatch: int) -> dict:
 
     started = time.perf_counter()
     config = GRPOConfig(
-        mkdtemp(), per_device_train_batch_size=rows_per_microbatch, gradient_accumulation_steps=64 // rows_per_microbatch,
+        mkdtemp(), per_device_train_batch_size=rows_per_microbatch,
+        gradient_accumulation_steps=64 // rows_per_microbatch,
         use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512 + 1024 + 64,
         vllm_enable_sleep_mode=True, bf16=True, beta=0.0, model_init_kwargs={"dtype": "bfloat16"}, **SHARED,
     )  # fmt: skip
@@ -101,9 +102,11 @@ def in_a_process(side: str, arguments: argparse.Namespace) -> dict:
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     environment = os.environ | ({} if side == "ours" else one_process)
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    print(f"{side:5} {result.stdout.splitlines()[-1]}", flush=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 

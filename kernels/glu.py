@@ -3,7 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fuse import fused_on_gpu
 
+
+@fused_on_gpu
 def glu(gate_up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up.
 

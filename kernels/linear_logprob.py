@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 2**25  # logits of one tile: 128 MiB in fp32
+TILE_ELEMENTS = 2**26  # logits of one tile: 256 MiB in fp32
 
 
 def _tile_logits(hidden: Tensor, head: Tensor, temperature: float, softcap: float | None) -> Tensor:

@@ -1,8 +1,8 @@
 """A frozen linear and its low-rank update (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3) as one operator.
 
 This is what the rollout engine runs for every adapted projection. As an operator of its own it stays whole under
-torch.compile and is captured in CUDA graphs; it reads the slots at the addresses it was captured with. Few rows on a GPU take one kernel
-(`lora_few_rows`); otherwise it is the base product, one product with every A, and one with each B.
+torch.compile and is captured in CUDA graphs; it reads the slots at the addresses it was captured with. Where W and A lie in
+one matrix it is two launches (`lora_up`); otherwise the base product, one with every A, and one with each B.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .lora_add import LoraPart
 
 _SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, "
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? stacked, "
     "int[] out_starts, int[] out_stops, int[] a_starts, int[] b_starts) -> Tensor"
 )
 
@@ -24,17 +24,19 @@ def _lora_linear(
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
+    stacked: Tensor | None,
     out_starts: list[int],
     out_stops: list[int],
     a_starts: list[int],
     b_starts: list[int],
 ) -> Tensor:
     rows, rank = x.reshape(-1, x.shape[-1]), b.shape[1]
-    if rows.is_cuda:  # where there is a GPU there is Triton
-        from .lora_few_rows import fits, lora_linear_few_rows
+    if stacked is not None and rows.is_cuda:  # where there is a GPU there is Triton
+        from .lora_up import fits, lora_up
 
-        if fits(rows, out_starts, out_stops):
-            y = lora_linear_few_rows(rows, weight, bias, a, b, out_starts, out_stops, a_starts, b_starts)
+        if fits(rows.dtype, out_starts, out_stops):
+            both = F.linear(rows, stacked)
+            y = lora_up(both, bias, b, weight.shape[0], out_starts, out_stops, a_starts, b_starts)
             return y.view(*x.shape[:-1], weight.shape[0])
     y = F.linear(rows, weight, bias)
     down = rows @ a.T
@@ -51,6 +53,7 @@ def _(
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
+    stacked: Tensor | None,
     out_starts: list[int],
     out_stops: list[int],
     a_starts: list[int],
@@ -69,7 +72,15 @@ class PartOffsets:
         self.b_starts = [part.b.start for part in parts]
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, offsets: PartOffsets) -> Tensor:
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    offsets: PartOffsets,
+    stacked: Tensor | None = None,
+) -> Tensor:
     """x W^T + bias, plus (x A^T) B^T on the rows of each adapted part. Inference only: it has no gradient.
 
     Args:
@@ -79,10 +90,11 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         a: (adapted outputs * r, in), the stacked A in the compute dtype.
         b: (adapted rows, r), the stacked B in the compute dtype, already multiplied by alpha / r.
         offsets: where each adapted output lies.
+        stacked: (out + adapted outputs * r, in), the matrix whose rows `weight` and then `a` are views of, if there is one.
 
     Returns:
         (..., out), same dtype.
     """
     return _lora_linear(
-        x, weight, bias, a, b, offsets.out_starts, offsets.out_stops, offsets.a_starts, offsets.b_starts
+        x, weight, bias, a, b, stacked, offsets.out_starts, offsets.out_stops, offsets.a_starts, offsets.b_starts
     )

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from .fuse import fused_on_gpu
 
+
+@fused_on_gpu
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus_weight: bool = False) -> Tensor:
     """Normalise the last dimension of `x` by its root mean square and scale by `weight`.
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .fuse import fused_on_gpu
+
 
 def rope_table(
     positions: Tensor, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype
@@ -22,6 +24,7 @@ def rope_table(
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
+@fused_on_gpu
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` (tokens, heads, head_dim) by the tables (tokens, head_dim)."""
     first, second = x.chunk(2, dim=-1)

@@ -125,7 +125,8 @@ def _build_on_vllm(
         )
     config, kwargs = model_config(model), _engine_kwargs(args)
     block_spec(config)  # refuses what the policy cannot run before vLLM loads it
-    kwargs.setdefault("max_num_seqs", min(MAX_SEQUENCES[args.device.type], args.completions_per_generation))
+    if not kwargs.keys() & {"max_num_seqs", "max_sequences"}:
+        kwargs["max_num_seqs"] = min(MAX_SEQUENCES[args.device.type], args.completions_per_generation)
     engine = VLLMEngine(
         model,
         lora,

@@ -36,7 +36,8 @@ def vllm_starting(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
         os.environ.update(environment)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
         inductor_config.compile_threads = compile_threads

@@ -7,7 +7,7 @@ same layout: handing the adapter to the engine is a copy of the first half and a
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +138,8 @@ class Adapter(nn.Module):
         config: which linears, rank, alpha, initialisation.
         generator: for the initialisation of A; torch's default generator where None.
         decoder: where the decoder lies in the Hugging Face model that the saved adapter is for.
+        place_a: called with a projection and the shape of its stacked A, gives the memory of that slot; by default the
+            slots of A lie one after the other.
 
     Raises:
         ValueError: options that are not supported, or targets that match nothing.
@@ -149,6 +151,7 @@ class Adapter(nn.Module):
         config: LoraConfig,
         generator: torch.Generator | None = None,
         decoder: str = DECODER,
+        place_a: Callable[[SharedLinear, tuple[int, int]], Tensor] | None = None,
     ):
         super().__init__()
         check_lora_config(config)
@@ -157,13 +160,16 @@ class Adapter(nn.Module):
         self._placements, a_numel, b_numel = _place(weights, targeted_parts(weights, config, decoder), config.r)
         self._a_numel = a_numel
         self._flat_master = torch.zeros(a_numel + b_numel, dtype=torch.float32, device=weights.device)
-        self._flat_slot = torch.zeros(a_numel + b_numel, dtype=weights.dtype, device=weights.device)
+        self._flat_slot_b = torch.zeros(b_numel, dtype=weights.dtype, device=weights.device)
+        self._slots_a: list[Tensor] = []
+        flat_slot_a = torch.zeros(0 if place_a else a_numel, dtype=weights.dtype, device=weights.device)
         self.masters_a, self.masters_b = nn.ParameterList(), nn.ParameterList()
         for place in self._placements:
-            (slot_a, slot_b), (master_a, master_b) = (
-                self._views(self._flat_slot, place),
-                self._views(self._flat_master, place),
-            )
+            slot_a = place_a(place.linear, place.a_shape) if place_a else _view(flat_slot_a, place.a_start, place.a_shape)
+            slot_b = _view(self._flat_slot_b, place.b_start, place.b_shape)
+            master_a = _view(self._flat_master, place.a_start, place.a_shape)
+            master_b = _view(self._flat_master, a_numel + place.b_start, place.b_shape)
+            self._slots_a.append(slot_a)
             self.masters_a.append(nn.Parameter(master_a))
             self.masters_b.append(nn.Parameter(master_b))
             place.linear.slot = LoraSlot(
@@ -171,11 +177,6 @@ class Adapter(nn.Module):
             )
         self._initialise(generator)
         self.publish()
-
-    def _views(self, flat: Tensor, place: _Placement) -> tuple[Tensor, Tensor]:
-        b_start = self._a_numel + place.b_start
-        a = flat[place.a_start : place.a_start + math.prod(place.a_shape)].view(place.a_shape)
-        return a, flat[b_start : b_start + math.prod(place.b_shape)].view(place.b_shape)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator | None) -> None:
@@ -193,21 +194,21 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def publish(self) -> None:
         """Cast the masters into the slots, in place; B is multiplied by alpha / r on the way."""
-        split = self._a_numel
-        self._flat_slot[:split].copy_(self._flat_master[:split])
-        torch.mul(self._flat_master[split:], self.scale, out=self._flat_slot[split:])
+        torch._foreach_copy_(self._slots_a, list(self.masters_a))
+        torch.mul(self._flat_master[self._a_numel :], self.scale, out=self._flat_slot_b)
 
     @torch.no_grad()
     def is_published(self) -> bool:
         """Whether the slots are what the masters give: False where someone else wrote to them, or to the masters."""
-        split, dtype = self._a_numel, self._flat_slot.dtype
-        same_a = torch.equal(self._flat_slot[:split], self._flat_master[:split].to(dtype))
-        return same_a and torch.equal(self._flat_slot[split:], (self._flat_master[split:] * self.scale).to(dtype))
+        dtype = self._flat_slot_b.dtype
+        wrong = [(slot != master.to(dtype)).any() for slot, master in zip(self._slots_a, self.masters_a, strict=True)]
+        wrong.append((self._flat_slot_b != (self._flat_master[self._a_numel :] * self.scale).to(dtype)).any())
+        return not torch.stack(wrong).any().item()
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of all slots."""
-        return self._flat_slot.nbytes
+        return self._flat_slot_b.nbytes + sum(slot.nbytes for slot in self._slots_a)
 
     def named_matrices(self, gradients: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(PEFT's parameter name, view of the fp32 master or of its gradient) for each adapted linear's A and B."""
@@ -267,6 +268,10 @@ class Adapter(nn.Module):
                 f"{path}: {len(stored)} tensors belong to no target of this adapter, e.g. {next(iter(stored))}"
             )
         self.publish()
+
+
+def _view(flat: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
+    return flat[start : start + math.prod(shape)].view(shape)
 
 
 def _place(

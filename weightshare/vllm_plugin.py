@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,12 +58,15 @@ class SharedLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         layer.part_rows = list(output_partition_sizes)
         layer.lora_offsets = None
+        layer.register_buffer("stacked_weight", None, persistent=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out); traced and captured by vLLM."""
         if layer.lora_offsets is None:
             return F.linear(x, layer.weight, bias)
-        return lora_linear(x, layer.weight, bias, layer.lora_slot_a, layer.lora_slot_b, layer.lora_offsets)
+        return lora_linear(
+            x, layer.weight, bias, layer.lora_slot_a, layer.lora_slot_b, layer.lora_offsets, layer.stacked_weight
+        )
 
 
 class SharedEmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -137,13 +141,28 @@ class SharingSession:
         if self.lora is None:
             return
         generator = torch.Generator(self.weights.device).manual_seed(self.seed)
-        self.adapter = Adapter(self.weights, self.lora, generator)
+        place_a = partial(_stack_beneath, model) if self.weights.device.type == "cuda" else None
+        self.adapter = Adapter(self.weights, self.lora, generator, place_a=place_a)
         for name, linear in self.weights.linears.items():
             if linear.slot is not None:
                 layer: Any = model.get_submodule(name)
                 layer.register_buffer("lora_slot_a", linear.slot.a, persistent=False)
                 layer.register_buffer("lora_slot_b", linear.slot.b, persistent=False)
                 layer.lora_offsets = PartOffsets(linear.slot.parts)
+
+
+def _stack_beneath(model: nn.Module, linear: SharedLinear, shape: tuple[int, int]) -> Tensor:
+    """Move a projection's weight into a matrix with room for its stacked A beneath, and return that room.
+
+    One product with the whole matrix then gives base and x A^T (kernels.lora_up).
+    """
+    layer, rows = model.get_submodule(linear.name), linear.weight.out_features
+    stacked = layer.weight.new_empty(rows + shape[0], shape[1])
+    stacked[:rows].copy_(layer.weight)
+    layer.weight.data = stacked[:rows]
+    layer.stacked_weight = stacked
+    linear.weight = DenseWeight(layer.weight)
+    return stacked[rows:]
 
 
 _SESSION: ContextVar[SharingSession] = ContextVar("colora_sharing_session")

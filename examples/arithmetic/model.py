@@ -6,6 +6,7 @@ ends up right on the problems that need no carry, and on few others. To carry is
 
 import random
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -16,18 +17,20 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 CHARACTERS = "0123456789+= "
 LARGEST = 99
 CARELESS = 0.6  # share of sums in which the teacher forgets to carry
-WARM = 0.42  # mean probability of the right answer at which the warm-up stops; a perfect pupil would reach 0.56
-LONGEST = len("99+99=198") + 1  # with the end of text
-BATCH = 128
+WARM = 0.36  # mean probability of the right answer at which the warm-up stops; a perfect pupil would reach 0.56
+HELD_OUT = 400
+HEAD_DIM = 32
 
 Problem = tuple[int, int]
 
 
-def problems(seed: int) -> tuple[list[Problem], list[Problem]]:
-    """All sums of two numbers up to LARGEST, shuffled: (to learn from, held out)."""
-    pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
-    random.Random(seed).shuffle(pairs)
-    return pairs[:-400], pairs[-400:]
+def problems(seed: int, largest: int = LARGEST, most: int = 100_000) -> tuple[list[Problem], list[Problem]]:
+    """Sums of two numbers up to `largest`, shuffled, at most `most` of them: (to learn from, held out)."""
+    rng = random.Random(seed)
+    pairs = [
+        divmod(index, largest + 1) for index in rng.sample(range((largest + 1) ** 2), min(most, (largest + 1) ** 2))
+    ]
+    return pairs[:-HELD_OUT], pairs[-HELD_OUT:]
 
 
 def question(problem: Problem) -> str:
@@ -40,8 +43,9 @@ def answer(problem: Problem) -> str:
 
 def careless_answer(problem: Problem) -> str:
     """The sum of each column, carries forgotten: 17+14=21."""
-    a, b = problem
-    return str((a // 10 + b // 10) % 10 * 10 + (a + b) % 10)
+    a, b = (str(number)[::-1] for number in problem)
+    columns = [(int(x) + int(y)) % 10 for x, y in zip_longest(a, b, fillvalue="0")]
+    return str(int("".join(map(str, columns[::-1]))))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -53,16 +57,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // HEAD_DIM,
+            num_key_value_heads=hidden // HEAD_DIM,
+            head_dim=HEAD_DIM,
             max_position_embeddings=64,
             tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id,
@@ -72,9 +76,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def encode(pairs: list[Problem], answers: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Token ids and labels (only the answer and the end of text count), both (problems, LONGEST)."""
-    ids = torch.full((len(pairs), LONGEST), tokenizer.pad_token_id)
-    labels = torch.full((len(pairs), LONGEST), -100)
+    """Token ids and labels (only the answer and the end of text count), both (problems, longest)."""
+    longest = max(len(question(pair)) + len(text) for pair, text in zip(pairs, answers, strict=True)) + 1
+    ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(pairs), longest), -100)
     for row, (pair, text) in enumerate(zip(pairs, answers, strict=True)):
         tokens = tokenizer(question(pair) + text)["input_ids"] + [tokenizer.eos_token_id]
         ids[row, : len(tokens)] = torch.tensor(tokens)
@@ -90,8 +95,19 @@ def right_probability(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> f
     return each.sum(-1).exp().mean().item()
 
 
-def warm_up(directory: Path, seed: int) -> Path:
-    """Make tokenizer and model, train until the right answer has the probability WARM, and save to `directory`.
+def warm_up(
+    directory: Path,
+    seed: int,
+    *,
+    largest: int = LARGEST,
+    hidden: int = 128,
+    layers: int = 4,
+    batch: int = 128,
+    learning_rate: float = 2e-3,
+    until: float = WARM,
+    device: str = "cpu",
+) -> Path:
+    """Make tokenizer and model, train until the right answer has the probability `until`, and save to `directory`.
 
     Returns `directory` at once where it already holds them.
     """
@@ -99,17 +115,17 @@ def warm_up(directory: Path, seed: int) -> Path:
         return directory
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    pairs, held_out = problems(seed)
+    model = make_model(tokenizer, hidden, layers).to(device)
+    pairs, held_out = problems(seed, largest)
     teacher = random.Random(seed)
     lessons = [careless_answer(pair) if teacher.random() < CARELESS else answer(pair) for pair in pairs]
-    ids, labels = encode(pairs, lessons, tokenizer)
-    test = encode(held_out, [answer(pair) for pair in held_out], tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    ids, labels = (tensor.to(device) for tensor in encode(pairs, lessons, tokenizer))
+    test = [tensor.to(device) for tensor in encode(held_out, [answer(pair) for pair in held_out], tokenizer)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     started, step, right = time.perf_counter(), 0, 0.0
-    while right < WARM:
-        rows = torch.randint(0, len(ids), (BATCH,))
+    while right < until:
+        rows = torch.randint(0, len(ids), (batch,), device=device)
         loss = model(input_ids=ids[rows], labels=labels[rows]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

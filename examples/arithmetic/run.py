@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from datasets import Dataset
-from model import answer, problems, question, warm_up
+from model import Problem, answer, problems, question, warm_up
 from peft import LoraConfig
 from reward import correct
 from transformers import TrainerCallback
@@ -22,12 +22,16 @@ SHOWN = 6  # sample answers
 class HeldOut:
     """Greedy answers to the held-out problems by the engine that also makes the rollouts."""
 
-    def __init__(self, trainer: GRPOTrainer, seed: int):
-        self.trainer, self.problems = trainer, problems(seed)[1]
+    def __init__(self, trainer: GRPOTrainer, held_out: list[Problem]):
+        self.trainer, self.problems = trainer, held_out
 
     def answers(self) -> list[str]:
         tokenizer, engine = self.trainer.collector.tokenizer, self.trainer.engine
-        sampling = SamplingParams(max_tokens=5, temperature=0.0, stop_token_ids=self.trainer.collector.stop_token_ids)
+        sampling = SamplingParams(
+            max_tokens=self.trainer.args.max_completion_length,
+            temperature=0.0,
+            stop_token_ids=self.trainer.collector.stop_token_ids,
+        )
         requests = [
             RolloutRequest(str(index), tuple(tokenizer(question(problem))["input_ids"]), 0, sampling)
             for index, problem in enumerate(self.problems)
@@ -53,7 +57,7 @@ class Curve(TrainerCallback):
             self.points.append((state.global_step, self.held_out.accuracy()))
 
 
-def plot(trainer: GRPOTrainer, points: list[tuple[int, float]], path: Path) -> None:
+def plot(trainer: GRPOTrainer, points: list[tuple[int, float]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -61,7 +65,7 @@ def plot(trainer: GRPOTrainer, points: list[tuple[int, float]], path: Path) -> N
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*log, strict=True), color="tab:blue", alpha=0.4, label="mean reward of the rollouts")
     axes.plot(*zip(*points, strict=True), color="tab:orange", marker="o", markersize=3, label="held-out accuracy")
-    axes.set(xlabel="optimizer step", ylim=(0, 1), title="GRPO on sums of two numbers up to 99")
+    axes.set(xlabel="optimizer step", ylim=(0, 1), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
@@ -82,7 +86,7 @@ def main() -> float:
 
     output = options.output / f"seed-{options.seed}"
     shutil.rmtree(output, ignore_errors=True)  # the demo starts afresh each time
-    learn, _ = problems(options.seed)
+    learn, held_out_problems = problems(options.seed)
     config = GRPOConfig(
         str(output),
         engine=options.engine,
@@ -101,7 +105,7 @@ def main() -> float:
     rows = Dataset.from_dict({"prompt": [question(p) for p in learn], "answer": [answer(p) for p in learn]})
     lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
     trainer = GRPOTrainer(str(model), correct, config, rows, peft_config=lora)
-    held_out = HeldOut(trainer, options.seed)
+    held_out = HeldOut(trainer, held_out_problems)
     before = held_out.answers()
     curve = Curve(held_out, every=20)
     trainer.add_callback(curve)
@@ -112,7 +116,7 @@ def main() -> float:
     print("\nSome held-out problems:")
     for problem, first, last in list(zip(held_out.problems, before, after, strict=True))[:SHOWN]:
         print(f"  {question(problem):>6}   before: {first:<6} after: {last:<6} right: {answer(problem)}")
-    plot(trainer, curve.points, output / "reward_curve.png")
+    plot(trainer, curve.points, output / "reward_curve.png", "GRPO on sums of two numbers up to 99")
     result = held_out.accuracy(after)
     print(f"\nHeld-out accuracy: {held_out.accuracy(before):.1%} before, {result:.1%} after")
     print(f"Reward curve: {output / 'reward_curve.png'}   adapter: {output}")

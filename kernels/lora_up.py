@@ -1,0 +1,98 @@
+"""The second half of a LoRA product in one kernel: out = y + bias + u B^T, where y and u come out of one product.
+
+A frozen projection W (out, in) with the adapter's A (parts * r, in) stored beneath it is one matrix, and x [W; A]^T gives the
+base output y and u = x A^T together. What is left is to add u_p B_p^T to the columns of each adapted part p: two launches for
+base and adapter instead of two and one for each part, and in decoding, where a launch costs as much as a small product, that
+is most of the adapter's price.
+
+Bytes: y read and written once, B and u read once. Error: u and y are rounded to the compute dtype by the product; the sum is
+made in fp32 and rounded once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_PARTS = 3  # q, k, v
+PART_ALIGNMENT = 64  # a tile of columns lies in one part
+
+
+@triton.jit
+def _lora_up(  # type: ignore[no-untyped-def]
+    stacked, bias, b, out, rows, out_features, stacked_stride,
+    out0, stop0, a0, b0, out1, stop1, a1, b1, out2, stop2, a2, b2,
+    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_N
+    in0 = (first >= out0) & (first < stop0)
+    in1 = (first >= out1) & (first < stop1)
+    in2 = (first >= out2) & (first < stop2)
+    a_start = tl.where(in0, a0, tl.where(in1, a1, a2))
+    b_start = first + tl.where(in0, b0 - out0, tl.where(in1, b1 - out1, b2 - out2))
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    ok = (m[:, None] < rows) & ((first + n)[None, :] < out_features)
+    row_at = stacked + m[:, None].to(tl.int64) * stacked_stride
+    total = tl.load(row_at + (first + n)[None, :], mask=ok, other=0.0).to(tl.float32)
+    if in0 | in1 | in2:
+        down = tl.load(
+            row_at + out_features + a_start + r[None, :], mask=(m[:, None] < rows) & (r[None, :] < RANK), other=0.0
+        )
+        up = tl.load(
+            b + (b_start + n)[None, :] * RANK + r[:, None],
+            mask=((first + n)[None, :] < out_features) & (r[:, None] < RANK),
+            other=0.0,
+        )
+        total = tl.dot(down, up, total)
+    if HAS_BIAS:
+        total += tl.load(bias + first + n, mask=first + n < out_features, other=0.0)[None, :].to(tl.float32)
+    out_at = out + m[:, None].to(tl.int64) * out_features + (first + n)[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=ok)
+
+
+def fits(dtype: torch.dtype, out_starts: Sequence[int], out_stops: Sequence[int]) -> bool:
+    """Whether the kernel takes these parts: half precision, at most three, each of whole tiles."""
+    whole = all(bound % PART_ALIGNMENT == 0 for bound in (*out_starts, *out_stops))
+    return dtype in (torch.bfloat16, torch.float16) and len(out_starts) <= MAX_PARTS and whole
+
+
+def lora_up(
+    stacked: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    out_features: int,
+    out_starts: Sequence[int],
+    out_stops: Sequence[int],
+    a_starts: Sequence[int],
+    b_starts: Sequence[int],
+) -> Tensor:
+    """Add each part's update to the base output.
+
+    Args:
+        stacked: (rows, out + parts * r), the product with [W; A]; half precision, columns contiguous.
+        bias: (out,) or None.
+        b: (adapted rows, r), scaled, contiguous.
+        out_features: columns of the base output.
+        out_starts, out_stops, a_starts, b_starts: each part's columns, its first row in A and in `b`; `fits` holds.
+
+    Returns:
+        (rows, out), contiguous.
+    """
+    rows, rank = stacked.shape[0], b.shape[1]
+    out = torch.empty(rows, out_features, dtype=stacked.dtype, device=stacked.device)
+    parts: list[int] = []
+    for part in range(MAX_PARTS):
+        there = part < len(out_starts)
+        parts += [out_starts[part], out_stops[part], a_starts[part], b_starts[part]] if there else [0, 0, 0, 0]
+    few = rows <= 32
+    block_m, block_n = (16 if rows <= 16 else 32, 64) if few else (64, 64)
+    _lora_up[(triton.cdiv(out_features, block_n), triton.cdiv(rows, block_m))](
+        stacked, bias, b, out, rows, out_features, stacked.stride(0), *parts,
+        RANK=rank, HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=2 if few else 4,
+    )  # fmt: skip
+    return out
