@@ -119,7 +119,7 @@ class VLLMEngine:
         options: dict[str, Any] = {
             "max_num_seqs": MAX_SEQUENCES[kind],
             "enable_prefix_caching": True,  # a group's samples share their prompt
-            "async_scheduling": False,
+            "async_scheduling": kind == "cuda",  # the next step is prepared while the card computes this one
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
@@ -257,8 +257,7 @@ class VLLMEngine:
             raise RuntimeError("wake: the engine is closed; make a new one")
         if self._state == "asleep" and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            if torch.cuda.mem_get_info(self._device)[0] < self.kv_cache_bytes:
-                torch.cuda.empty_cache()  # the KV cache cannot be put where PyTorch keeps freed blocks
+            torch.cuda.empty_cache()  # the KV cache cannot be put where PyTorch keeps what training has freed
             self._engine.wake_up()
         self._state = "awake"
 
