@@ -13,11 +13,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
+from colora import GRPOConfig, GRPOTrainer
 from model import answer, problems, question, warm_up
 from reward import correct
 from run import Curve, HeldOut, plot
-
-from colora import GRPOConfig, GRPOTrainer
 
 LARGEST, SEED = 999, 0
 
@@ -30,14 +29,16 @@ def main() -> None:
     report = Report("learning", arguments)
     started = time.perf_counter()
     model = warm_up(
-        Path(mkdtemp()), SEED, largest=LARGEST, hidden=512, layers=8, batch=1024, learning_rate=5e-4, until=0.35, device="cuda"
+        Path(mkdtemp()), SEED, largest=LARGEST, hidden=512, layers=8, batch=1024, learning_rate=5e-4,
+        until=0.35, device="cuda",
     )  # fmt: skip
     warm_seconds = time.perf_counter() - started
     learn, held_out_problems = problems(SEED, LARGEST)
     config = GRPOConfig(
         mkdtemp(), engine="vllm", per_device_train_batch_size=512, num_generations=16, max_completion_length=6,
-        learning_rate=arguments.learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_steps=arguments.steps,
-        logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to=[], seed=SEED, tokens_per_microbatch=16384,
+        learning_rate=arguments.learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
+        max_steps=arguments.steps, logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to=[],
+        seed=SEED, tokens_per_microbatch=16384,
     )  # fmt: skip
     rows = Dataset.from_dict({"prompt": [question(p) for p in learn], "answer": [answer(p) for p in learn]})
     lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")

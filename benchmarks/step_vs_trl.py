@@ -1,7 +1,8 @@
 """One GRPO step of ours against one of TRL's colocated, on the same work in the same run.
 
-64 completions of 1024 tokens (8 prompts of 512, 8 each), bf16, LoRA r=16 on all linears; the weights are random, so that
-hardly a completion ends early. Each side runs in a process of its own: `python benchmarks/step_vs_trl.py CHECKPOINT`.
+64 completions of 1024 tokens (8 prompts of 512, 8 each), bf16, LoRA r=16 on all linears; the weights are random, so
+that hardly a completion ends early. Each side runs in a process of its own:
+`python benchmarks/step_vs_trl.py CHECKPOINT`.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """A frozen linear and its low-rank update (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3) as one operator.
 
 This is what the rollout engine runs for every adapted projection. As an operator of its own it stays whole under
-torch.compile and is captured in CUDA graphs; it reads the slots at the addresses it was captured with. Where W and A lie in
-one matrix it is two launches (`lora_up`); otherwise the base product, one with every A, and one with each B.
+torch.compile and is captured in CUDA graphs; it reads the slots at the addresses it was captured with. Where W and A
+lie in one matrix it is two launches (`lora_up`); otherwise the base product, one with every A, and one with each B.
 """
 
 import torch
@@ -90,7 +90,8 @@ def lora_linear(
         a: (adapted outputs * r, in), the stacked A in the compute dtype.
         b: (adapted rows, r), the stacked B in the compute dtype, already multiplied by alpha / r.
         offsets: where each adapted output lies.
-        stacked: (out + adapted outputs * r, in), the matrix whose rows `weight` and then `a` are views of, if there is one.
+        stacked: (out + adapted outputs * r, in), the matrix whose rows `weight` and then `a` are views of, if there is
+            one.
 
     Returns:
         (..., out), same dtype.

@@ -52,13 +52,14 @@ def _env() -> int:
 def _guarded_train(arguments: list[str]) -> int:
     """`_train`, with errors of the user's as one line."""
     from ..rewards.runner import RewardError
+    from ..weightshare.guard import ParityError
 
     try:
         return _train([argument for argument in arguments if argument != "--debug"])
     except KeyboardInterrupt:
         print("interrupted; `--resume true` goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RewardError) as error:
+    except (ValueError, OSError, RewardError, ParityError, FloatingPointError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -134,6 +135,7 @@ def _run(run: "RunConfig", config: "GRPOConfig") -> int:
     finally:
         trainer.progress.close()
     trainer.save_model()
+    trainer.engine.close()
     print(f"the adapter is in {config.output_dir}")
     return 0
 

@@ -4,6 +4,7 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
@@ -49,7 +50,14 @@ def describe_environment() -> str:
             missing.append(f"  {name} ({purpose}): {remedy}")
     rows += describe_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows += [("engine", choose_engine("auto", device)), ("kernels", "reference (PyTorch)")]
+    kernels = "reference (PyTorch)"
+    if device.type == "cuda":
+        kernels = "lora_up (Triton); elementwise ones compiled by torch; the rest reference (PyTorch)"
+    rows += [("engine", choose_engine("auto", device)), ("kernels", kernels)]
+    if find_spec("vllm") is not None:
+        from ..weightshare.vllm_names import describe
+
+        rows.append(("vllm's names", describe(device.type)))
     table = "\n".join(f"{name:<14} {value}" for name, value in rows)
     return table + ("\n\nmissing:\n" + "\n".join(missing) if missing else "\n\nnothing is missing")
 

@@ -47,6 +47,8 @@ def open_dataset(name: str, config: str | None = None, split: str = "train") -> 
 def _open(name: str, config: str | None, split: str) -> Dataset | IterableDataset:
     source, _, function = name.rpartition(":")
     if source.endswith(".py"):
+        if split != "train":
+            raise ValueError(f"a function gives one dataset, so split {split!r} cannot be taken: name another function")
         return _call(Path(source).expanduser(), function)
     path = Path(name).expanduser()
     if path.is_file():

@@ -89,7 +89,7 @@ def is_default(config: Any, name: str) -> bool:
     if name == "accelerator_config":  # transformers replaces None by the object, and to_dict() that by a dict
         given = value.to_dict() if isinstance(value, AcceleratorConfig) else value
         default = AcceleratorConfig().to_dict()
-        return value is None or isinstance(given, dict) and all(default.get(key) == given[key] for key in given)
+        return value is None or (isinstance(given, dict) and all(default.get(key) == given[key] for key in given))
     return value == default or value in ALSO_ACCEPTED.get(name, ())
 
 

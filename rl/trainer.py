@@ -158,9 +158,9 @@ class GRPOTrainer(Trainer):
         step = self.state.global_step + 1
         if not self.adapter.is_published():
             raise ParityError(
-                f"step {step}: the adapter's slots are not what its masters give: something besides the optimizer wrote "
-                "to them (a callback, code that keeps the slots' tensors); call adapter.publish() after writing masters, "
-                "never write slots, and resume from the last checkpoint"
+                f"step {step}: the adapter's slots are not what its masters give: something besides the optimizer "
+                "wrote to them (a callback, code that keeps the slots' tensors); call adapter.publish() after writing "
+                "masters, never write slots, and resume from the last checkpoint"
             )
         with self._engine_awake():
             collected = self.collector.collect(rows, step, self.args.group_size, self._metrics, self.state)

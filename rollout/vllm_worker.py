@@ -23,7 +23,8 @@ class KVPoolWorker(Worker):
     def _in_one_piece(self, pool: AbstractContextManager[Any]) -> Iterator[None]:
         """Make the pool one mapping: unmapping takes milliseconds a mapping, and vLLM allocates one for each layer.
 
-        A tensor of the cache's size is made and dropped; PyTorch keeps its block and cuts the layers' tensors out of it.
+        A tensor of the cache's size is made and dropped; PyTorch keeps its block and cuts the layers' tensors out of
+        it.
         """
         with pool:
             torch.empty(self.cache_config.kv_cache_memory_bytes or 0, dtype=torch.uint8, device=self.device)

@@ -165,7 +165,9 @@ class Adapter(nn.Module):
         flat_slot_a = torch.zeros(0 if place_a else a_numel, dtype=weights.dtype, device=weights.device)
         self.masters_a, self.masters_b = nn.ParameterList(), nn.ParameterList()
         for place in self._placements:
-            slot_a = place_a(place.linear, place.a_shape) if place_a else _view(flat_slot_a, place.a_start, place.a_shape)
+            slot_a = (
+                place_a(place.linear, place.a_shape) if place_a else _view(flat_slot_a, place.a_start, place.a_shape)
+            )
             slot_b = _view(self._flat_slot_b, place.b_start, place.b_shape)
             master_a = _view(self._flat_master, place.a_start, place.a_shape)
             master_b = _view(self._flat_master, a_numel + place.b_start, place.b_shape)

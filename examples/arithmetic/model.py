@@ -1,7 +1,7 @@
 """A decoder of about a million parameters and a character-level tokenizer, made and warmed up on the spot.
 
-The warm-up is plain supervised learning from a careless teacher, who forgets to carry in CARELESS of the sums: the model
-ends up right on the problems that need no carry, and on few others. To carry is left to the reward function.
+The warm-up is plain supervised learning from a careless teacher, who forgets to carry in CARELESS of the sums: the
+model ends up right on the problems that need no carry, and on few others. To carry is left to the reward function.
 """
 
 import random
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CHARACTERS = "0123456789+= "
 LARGEST = 99
-CARELESS = 0.6  # share of sums in which the teacher forgets to carry
-WARM = 0.36  # mean probability of the right answer at which the warm-up stops; a perfect pupil would reach 0.56
+CARELESS = 0.65  # share of sums in which the teacher forgets to carry
+WARM = 0.36  # mean probability of the right answer at which the warm-up stops; a perfect pupil would reach 0.53
 HELD_OUT = 400
 HEAD_DIM = 32
 

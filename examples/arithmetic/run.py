@@ -6,14 +6,13 @@ import time
 from pathlib import Path
 
 import matplotlib
+from colora import GRPOConfig, GRPOTrainer
+from colora.rollout.engine import RolloutRequest, SamplingParams, generate
 from datasets import Dataset
 from model import Problem, answer, problems, question, warm_up
 from peft import LoraConfig
 from reward import correct
 from transformers import TrainerCallback
-
-from colora import GRPOConfig, GRPOTrainer
-from colora.rollout.engine import RolloutRequest, SamplingParams, generate
 
 HERE = Path(__file__).parent
 SHOWN = 6  # sample answers
@@ -76,9 +75,9 @@ def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="auto", choices=["auto", "transformers", "vllm"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=7e-4)
     options = parser.parse_args()
     started = time.perf_counter()
     print(f"Making a model and warming it up (cached in {HERE / '.cache'}) ...", flush=True)

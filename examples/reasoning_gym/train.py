@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=2000, help="problems to train on")
     parser.add_argument("--held-out", type=int, default=100, help="problems to evaluate on")
     options, rest = parser.parse_known_args(arguments)
+    if not isinstance(options.task_options, dict):
+        parser.error("--task-options: give a JSON object, such as '{\"min_terms\": 3}'")
     try:
         splits = problems(options.task, options.size, options.held_out, **options.task_options)
     except (ValueError, ImportError) as error:
@@ -35,12 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory:
         splits.save_to_disk(directory)
         ours = [
-            "--dataset",
-            directory,
-            "--eval_dataset_split",
-            "test",
-            "--output_dir",
-            f"runs/reasoning_gym/{options.task}",
+            f"--dataset={directory}",
+            "--eval_dataset_split=test",
+            f"--output_dir=runs/reasoning_gym/{options.task}",
         ]
         return colora(["train", str(HERE / "config.yaml"), *ours, *rest])
 

@@ -109,11 +109,14 @@ def test_reasoning_gym_trains_on_a_task(gym: ModuleType, chat_model: str, task: 
 
 
 def test_reasoning_gym_holds_problems_out_and_passes_options_on(gym: ModuleType) -> None:
-    splits = gym.problems("chain_sum", size=20, held_out=5, min_terms=2, max_terms=2)
-    assert (len(splits["train"]), len(splits["test"])) == (20, 5)
-    assert not set(splits["train"]["entry"]) & set(splits["test"]["entry"])
-    questions = [row["prompt"][0]["content"].partition("\n")[0] for row in splits["train"]]
-    assert all(len(re.findall(r"\d+", question)) == 2 for question in questions)
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 162 problems at most
+    splits = gym.problems("chain_sum", size=80, held_out=40, **options)
+    questions = {name: [row["prompt"][0]["content"].partition("\n")[0] for row in splits[name]] for name in splits}
+    assert len(questions["train"]) == 80 and 0 < len(questions["test"]) < 40
+    assert not set(questions["train"]) & set(questions["test"])
+    assert all(len(re.findall(r"\d", question)) == 2 for question in questions["train"] + questions["test"])
+    with pytest.raises(ValueError, match="no problems beyond the 5000"):
+        gym.problems("chain_sum", size=5000, held_out=10, **options)
 
 
 def test_reasoning_gym_names_a_wrong_task(gym: ModuleType, capsys: pytest.CaptureFixture) -> None:

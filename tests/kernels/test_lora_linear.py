@@ -45,8 +45,8 @@ def test_is_a_well_formed_operator() -> None:
     x, weight, bias, a, b = case(torch.float32, 2, 3)
     offsets = PartOffsets(PARTS)
     lists = (offsets.out_starts, offsets.out_stops, offsets.a_starts, offsets.b_starts)
-    torch.library.opcheck(torch.ops.colora.lora_linear.default, (x, weight, bias, a, b, *lists))
-    torch.library.opcheck(torch.ops.colora.lora_linear.default, (x, weight, None, a, b, *lists))
+    torch.library.opcheck(torch.ops.colora.lora_linear.default, (x, weight, bias, a, b, None, *lists))
+    torch.library.opcheck(torch.ops.colora.lora_linear.default, (x, weight, None, a, b, None, *lists))
 
 
 def test_reads_the_slots_anew_at_every_call() -> None:
