@@ -2,8 +2,8 @@
 
 A frozen projection W (out, in) with the adapter's A (parts * r, in) stored beneath it is one matrix, and x [W; A]^T
 gives the base output y and u = x A^T together. What is left is to add u_p B_p^T to the columns of each adapted part p:
-two launches for base and adapter instead of two and one for each part, and in decoding, where a launch costs as much as a
-small product, that is most of the adapter's price.
+two launches for base and adapter instead of two and one for each part, and in decoding, where a launch costs as much
+as a small product, that is most of the adapter's price.
 
 Bytes: y read and written once, B and u read once. Error: u and y are rounded to the compute dtype by the product; the
 sum is made in fp32 and rounded once.
