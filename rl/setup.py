@@ -145,7 +145,8 @@ def _build_on_vllm(
 def score(policy: Policy, trajectories: Sequence[Trajectory]) -> Tensor:
     """The policy's log-probs at temperature 1 of every completion token, concatenated, (tokens,) fp32."""
     sequences = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in trajectories]
-    rows, start = [], 0
+    rows: list[int] = []
+    start = 0
     for trajectory, sequence in zip(trajectories, sequences, strict=True):
         rows += range(start + len(trajectory.prompt_ids) - 1, start + len(sequence) - 1)
         start += len(sequence)

@@ -11,6 +11,7 @@ from colora.rl.policy import Policy
 from colora.rollout.engine import RolloutRequest, SamplingParams
 from colora.rollout.trajectory import Trajectory
 from colora.rollout.vllm_engine import VLLMEngine
+from colora.weightshare.weights import SharedWeights
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -42,6 +43,12 @@ def save_tiny(config: PreTrainedConfig, directory: Path) -> Path:
     """A checkpoint whose every parameter is random."""
     tiny_model(config).save_pretrained(directory)
     return directory
+
+
+def all_slots(weights: SharedWeights) -> Tensor:
+    """A copy of every slot, one after the other."""
+    slots = [linear.slot for linear in weights.linears.values() if linear.slot is not None]
+    return torch.cat([tensor.flatten() for slot in slots for tensor in (slot.a, slot.b)])
 
 
 def open_engine(directory: Path, lora: Any = "random", **options: Any) -> VLLMEngine:

@@ -157,11 +157,12 @@ def _stack_beneath(model: nn.Module, linear: SharedLinear, shape: tuple[int, int
     One product with the whole matrix then gives base and x A^T (kernels.lora_up).
     """
     layer, rows = model.get_submodule(linear.name), linear.weight.out_features
-    stacked = layer.weight.new_empty(rows + shape[0], shape[1])
-    stacked[:rows].copy_(layer.weight)
-    layer.weight.data = stacked[:rows]
+    weight = layer.get_parameter("weight")
+    stacked = weight.new_empty(rows + shape[0], shape[1])
+    stacked[:rows].copy_(weight)
+    weight.data = stacked[:rows]
     layer.stacked_weight = stacked
-    linear.weight = DenseWeight(layer.weight)
+    linear.weight = DenseWeight(weight)
     return stacked[rows:]
 
 

@@ -22,7 +22,7 @@ from colora.weightshare.vllm_names import describe
 from transformers import PreTrainedModel, Qwen3Config
 
 from ..models import SMALL, tiny_multimodal
-from ..vllm_engines import VLLM_MARKS, engine_logprobs, open_engine, requests_of, save_tiny, trainer_logprobs
+from ..vllm_engines import VLLM_MARKS, all_slots, engine_logprobs, open_engine, requests_of, save_tiny, trainer_logprobs
 
 pytestmark = VLLM_MARKS
 VOCAB = 101  # vLLM pads it to 128
@@ -180,13 +180,13 @@ def test_a_slot_corrupted_behind_the_trainers_back_is_noticed(engine: VLLMEngine
 
 
 def test_self_test(engine: VLLMEngine, policy: Policy) -> None:
-    guard, slots = ParityGuard(None, torch.float32), policy.adapter._flat_slot.clone()  # type: ignore[union-attr]
+    guard, slots = ParityGuard(None, torch.float32), all_slots(policy.weights)
 
     def score(trajectories: list) -> torch.Tensor:
         return trainer_logprobs(policy, trajectories)
 
     assert self_test(engine, score, guard, policy.weights, policy.adapter).mean_abs < 1e-5
-    assert torch.equal(slots, policy.adapter._flat_slot)  # type: ignore[union-attr]
+    assert torch.equal(slots, all_slots(policy.weights))
 
     def score_without_adapter(trajectories: list) -> torch.Tensor:
         with policy.reference():
@@ -194,7 +194,7 @@ def test_self_test(engine: VLLMEngine, policy: Policy) -> None:
 
     with pytest.raises(ParityError):
         self_test(engine, score_without_adapter, guard, policy.weights, policy.adapter)
-    assert torch.equal(slots, policy.adapter._flat_slot)  # type: ignore[union-attr]
+    assert torch.equal(slots, all_slots(policy.weights))
 
 
 def test_sleeping(engine: VLLMEngine, policy: Policy) -> None:
