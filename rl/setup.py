@@ -22,9 +22,11 @@ from ..rollout.engine import RolloutEngine
 from ..rollout.self_test import self_test
 from ..rollout.trajectory import Trajectory
 from ..rollout.transformers_engine import TransformersEngine
+from ..weightshare.adapter import check_lora_config, targeted_parts
 from ..weightshare.guard import ParityGuard
+from ..weightshare.weights import SharedWeights
 from .config import GRPOConfig
-from .families import block_spec
+from .families import block_spec, decoder_path, model_layout
 from .policy import Policy, load, resolve_dtype
 
 ModelLike = str | Path | Policy | PreTrainedModel
@@ -82,6 +84,14 @@ def choose_engine(name: str, device: torch.device) -> str:
     return "vllm" if device.type == "cuda" and find_spec("vllm") is not None else "transformers"
 
 
+def check_model(model: ModelLike, lora: LoraConfig | None) -> None:
+    """Raise ValueError for an architecture, LoRA options or targets that cannot be trained; loads no weights."""
+    config = model_config(model)
+    nothing = SharedWeights.empty(model_layout(block_spec(config)), torch.float32, "meta")
+    check_lora_config(lora or DEFAULT_LORA)
+    targeted_parts(nothing, lora or DEFAULT_LORA, decoder_path(config))
+
+
 def build(
     model: ModelLike, args: GRPOConfig, lora: LoraConfig | None, max_context: int
 ) -> tuple[Policy, RolloutEngine]:
@@ -124,7 +134,6 @@ def _build_on_vllm(
             "or set engine='transformers'"
         )
     config, kwargs = model_config(model), _engine_kwargs(args)
-    block_spec(config)  # refuses what the policy cannot run before vLLM loads it
     if not kwargs.keys() & {"max_num_seqs", "max_sequences"}:
         kwargs["max_num_seqs"] = min(MAX_SEQUENCES[args.device.type], args.completions_per_generation)
     engine = VLLMEngine(

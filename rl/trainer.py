@@ -82,12 +82,15 @@ class GRPOTrainer(Trainer):
         rewards = RewardRunner(
             _reward_functions(reward_funcs, reward_processing_classes), args.reward_weights, args.reward_errors
         )
+        setup.check_model(model, peft_config)
         tokenizer = processing_class or setup.load_tokenizer(model)
         stops = setup.stop_token_ids(model, tokenizer)
         max_context, max_prompt = _context(setup.model_config(model), args)
         assert not isinstance(args.chat_template_kwargs, str)  # the config has parsed it
         tokenize = PromptTokenizer(tokenizer, max_prompt, args.chat_template_kwargs)
         check_dataset(train_dataset, "train_dataset", tokenize, args.prompts_per_generation)
+        if isinstance(train_dataset, Dataset):
+            rewards.check_columns(train_dataset.column_names)
         for name, dataset in _named_datasets(eval_dataset):
             check_dataset(dataset, name, tokenize, 1)
 

@@ -272,6 +272,16 @@ def test_bad_input_is_refused_before_weights_are_loaded(tmp_path: Path, model: s
         make(str(no_weights), tmp_path / "run", dataset=dataset, **options)
 
 
+def test_lora_targets_that_match_nothing_are_refused_before_weights_are_loaded(tmp_path: Path, model: str) -> None:
+    no_weights = tmp_path / "model"
+    tiny_tokenizer().save_pretrained(no_weights)
+    (no_weights / "config.json").write_text((Path(model) / "config.json").read_text())
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    lora = LoraConfig(target_modules=["query", "v_proj"])
+    with pytest.raises(ValueError, match="'query' matches no linear.*q_proj"):
+        GRPOTrainer(str(no_weights), threes, config(tmp_path / "run"), rows, peft_config=lora)
+
+
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, model: str) -> None:
     other = tmp_path / "model"
     tiny_tokenizer().save_pretrained(other)
