@@ -18,7 +18,7 @@ from model import answer, problems, question, warm_up
 from reward import correct
 from run import Curve, HeldOut, plot
 
-LARGEST, SEED = 999, 0
+LARGEST, WIDTH, SEED = 999, 3, 0
 
 
 def main() -> None:
@@ -40,10 +40,12 @@ def main() -> None:
         max_steps=arguments.steps, logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to=[],
         seed=SEED, tokens_per_microbatch=16384,
     )  # fmt: skip
-    rows = Dataset.from_dict({"prompt": [question(p) for p in learn], "answer": [answer(p) for p in learn]})
+    rows = Dataset.from_dict(
+        {"prompt": [question(p, WIDTH) for p in learn], "answer": [answer(p, WIDTH) for p in learn]}
+    )
     lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
     trainer = GRPOTrainer(str(model), correct, config, rows, peft_config=lora)
-    held_out = HeldOut(trainer, held_out_problems)
+    held_out = HeldOut(trainer, held_out_problems, WIDTH)
     curve = Curve(held_out, every=10)
     trainer.add_callback(curve)
     started = time.perf_counter()

@@ -6,7 +6,6 @@ model ends up right on the problems that need no carry, and on few others. To ca
 
 import random
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CHARACTERS = "0123456789+= "
-LARGEST = 99
+LARGEST, WIDTH = 99, 2
 CARELESS = 0.65  # share of sums in which the teacher forgets to carry
 WARM = 0.36  # mean probability of the right answer at which the warm-up stops; a perfect pupil would reach 0.53
 HELD_OUT = 400
@@ -33,19 +32,20 @@ def problems(seed: int, largest: int = LARGEST, most: int = 100_000) -> tuple[li
     return pairs[:-HELD_OUT], pairs[-HELD_OUT:]
 
 
-def question(problem: Problem) -> str:
-    return f"{problem[0]}+{problem[1]}="
+def question(problem: Problem, width: int = WIDTH) -> str:
+    """Both numbers in `width` digits: 05+48=."""
+    return f"{problem[0]:0{width}}+{problem[1]:0{width}}="
 
 
-def answer(problem: Problem) -> str:
-    return str(sum(problem))
+def answer(problem: Problem, width: int = WIDTH) -> str:
+    """The sum, in a digit more: 053."""
+    return f"{sum(problem):0{width + 1}}"
 
 
-def careless_answer(problem: Problem) -> str:
-    """The sum of each column, carries forgotten: 17+14=21."""
-    a, b = (str(number)[::-1] for number in problem)
-    columns = [(int(x) + int(y)) % 10 for x, y in zip_longest(a, b, fillvalue="0")]
-    return str(int("".join(map(str, columns[::-1]))))
+def careless_answer(problem: Problem, width: int = WIDTH) -> str:
+    """The sum of each column, carries forgotten: 043."""
+    columns = zip(*(f"{number:0{width}}" for number in problem), strict=True)
+    return "0" + "".join(str((int(a) + int(b)) % 10) for a, b in columns)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -75,15 +75,18 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: in
     )
 
 
-def encode(pairs: list[Problem], answers: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def encode(
+    pairs: list[Problem], answers: list[str], tokenizer: PreTrainedTokenizerFast, width: int = WIDTH
+) -> tuple[Tensor, Tensor]:
     """Token ids and labels (only the answer and the end of text count), both (problems, longest)."""
-    longest = max(len(question(pair)) + len(text) for pair, text in zip(pairs, answers, strict=True)) + 1
+    asked = len(question(pairs[0], width))
+    longest = asked + width + 2  # the answer and the end of text
     ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)
     labels = torch.full((len(pairs), longest), -100)
     for row, (pair, text) in enumerate(zip(pairs, answers, strict=True)):
-        tokens = tokenizer(question(pair) + text)["input_ids"] + [tokenizer.eos_token_id]
+        tokens = tokenizer(question(pair, width) + text)["input_ids"] + [tokenizer.eos_token_id]
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, len(question(pair)) : len(tokens)] = ids[row, len(question(pair)) : len(tokens)]
+        labels[row, asked : len(tokens)] = ids[row, asked : len(tokens)]
     return ids, labels
 
 
@@ -118,9 +121,11 @@ def warm_up(
     model = make_model(tokenizer, hidden, layers).to(device)
     pairs, held_out = problems(seed, largest)
     teacher = random.Random(seed)
-    lessons = [careless_answer(pair) if teacher.random() < CARELESS else answer(pair) for pair in pairs]
-    ids, labels = (tensor.to(device) for tensor in encode(pairs, lessons, tokenizer))
-    test = [tensor.to(device) for tensor in encode(held_out, [answer(pair) for pair in held_out], tokenizer)]
+    width = len(str(largest))
+    lessons = [(careless_answer if teacher.random() < CARELESS else answer)(pair, width) for pair in pairs]
+    right_answers = [answer(pair, width) for pair in held_out]
+    ids, labels = (tensor.to(device) for tensor in encode(pairs, lessons, tokenizer, width))
+    test = [tensor.to(device) for tensor in encode(held_out, right_answers, tokenizer, width)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     started, step, right = time.perf_counter(), 0, 0.0

@@ -9,7 +9,7 @@ import matplotlib
 from colora import GRPOConfig, GRPOTrainer
 from colora.rollout.engine import RolloutRequest, SamplingParams, generate
 from datasets import Dataset
-from model import Problem, answer, problems, question, warm_up
+from model import WIDTH, Problem, answer, problems, question, warm_up
 from peft import LoraConfig
 from reward import correct
 from transformers import TrainerCallback
@@ -21,8 +21,8 @@ SHOWN = 6  # sample answers
 class HeldOut:
     """Greedy answers to the held-out problems by the engine that also makes the rollouts."""
 
-    def __init__(self, trainer: GRPOTrainer, held_out: list[Problem]):
-        self.trainer, self.problems = trainer, held_out
+    def __init__(self, trainer: GRPOTrainer, held_out: list[Problem], width: int = WIDTH):
+        self.trainer, self.problems, self.width = trainer, held_out, width
 
     def answers(self) -> list[str]:
         tokenizer, engine = self.trainer.collector.tokenizer, self.trainer.engine
@@ -32,7 +32,7 @@ class HeldOut:
             stop_token_ids=self.trainer.collector.stop_token_ids,
         )
         requests = [
-            RolloutRequest(str(index), tuple(tokenizer(question(problem))["input_ids"]), 0, sampling)
+            RolloutRequest(str(index), tuple(tokenizer(question(problem, self.width))["input_ids"]), 0, sampling)
             for index, problem in enumerate(self.problems)
         ]
         engine.wake()
@@ -42,7 +42,7 @@ class HeldOut:
 
     def accuracy(self, answers: list[str] | None = None) -> float:
         given = answers or self.answers()
-        return sum(correct(given, [answer(problem) for problem in self.problems])) / len(self.problems)
+        return sum(correct(given, [answer(problem, self.width) for problem in self.problems])) / len(self.problems)
 
 
 class Curve(TrainerCallback):
@@ -75,7 +75,7 @@ def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="auto", choices=["auto", "transformers", "vllm"])
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
     parser.add_argument("--learning-rate", type=float, default=7e-4)
     options = parser.parse_args()
