@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..weightshare.storage import DenseWeight
 from ..weightshare.weights import EMBEDDING, HEAD, SharedWeights
+from .admission import check_requests
 from .engine import RolloutRequest
 from .kv_cache import GROUPED_SDPA
 from .trajectory import Trajectory
@@ -120,33 +121,9 @@ class TransformersEngine:
             RuntimeError: asleep or closed.
         """
         self._require_awake("submit")
-        seen = set(self._in_flight)
-        for request in requests:
-            self._check(request)
-            if request.request_id in seen:
-                raise ValueError(f"request {request.request_id!r}: the id is in flight; give every request its own")
-            seen.add(request.request_id)
-        self._in_flight = seen
+        check_requests(requests, self._in_flight, self.max_context, self.model.config.vocab_size)
+        self._in_flight |= {request.request_id for request in requests}
         self._waiting.extend(requests)
-
-    def _check(self, request: RolloutRequest) -> None:
-        name, prompt, max_tokens = request.request_id, request.prompt_ids, request.sampling.max_tokens
-        if not prompt:
-            raise ValueError(f"request {name!r}: the prompt is empty; give at least one token, such as BOS")
-        if len(prompt) + max_tokens > self.max_context:
-            raise ValueError(
-                f"request {name!r}: {len(prompt)} prompt tokens + max_tokens {max_tokens} are over max_context "
-                f"{self.max_context}; shorten the prompt, lower max_tokens or raise max_context"
-            )
-        vocab_size = self.model.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            outside = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ValueError(
-                f"request {name!r}: token id {outside} is outside the vocabulary (0 to {vocab_size - 1}); "
-                "use the tokenizer of this model"
-            )
-        if request.seed < 0:
-            raise ValueError(f"request {name!r}: the seed must not be negative, got {request.seed}")
 
     def step(self) -> list[Trajectory]:
         """Admit waiting requests, sample one token for every running sequence, return what has finished.

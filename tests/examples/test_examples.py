@@ -141,14 +141,14 @@ def test_arithmetic_pieces(arithmetic: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len({*learn, *held_out}) == (model.LARGEST + 1) ** 2 and len(held_out) == model.HELD_OUT
     assert model.problems(seed=1)[1] == held_out != model.problems(seed=2)[1]
     problem = (17, 14)
-    assert (model.question(problem), model.answer(problem), model.careless_answer(problem)) == ("17+14=", "31", "21")
-    assert model.careless_answer((5, 99)) == "94"
+    assert (model.question(problem), model.answer(problem), model.careless_answer(problem)) == ("17+14=", "031", "021")
+    assert model.careless_answer((5, 99)) == "094"
     assert correct(["31", " 31", "21", ""], ["31"] * 4) == [1, 1, 0, 0]
 
     tokenizer = model.make_tokenizer()
-    ids, labels = model.encode([problem, (5, 9)], ["31", "14"], tokenizer)
-    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == ["17+14=31", "5+9=14"]
-    assert tokenizer.decode(labels[1][labels[1] != -100]) == "14<eos>"
+    ids, labels = model.encode([problem, (5, 9)], ["031", "014"], tokenizer)
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == ["17+14=031", "05+09=014"]
+    assert tokenizer.decode(labels[1][labels[1] != -100]) == "014<eos>"
 
 
 def test_arithmetic_runs(arithmetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:

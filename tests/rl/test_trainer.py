@@ -12,9 +12,10 @@ from colora import GRPOConfig, GRPOTrainer
 from colora.rewards.runner import RewardError
 from colora.rollout.engine import sample_seed
 from colora.rollout.records import read_records
+from colora.weightshare.guard import ParityError
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ..oracle import grpo as oracle
 from ..tiny_runs import EOS, tiny_checkpoint, tiny_tokenizer
@@ -225,6 +226,27 @@ def test_tensorboard_gets_the_metrics(model: str, tmp_path: Path, monkeypatch: p
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     assert {"train/reward", "train/loss"} <= set(board.Tags()["scalars"])
+
+
+def test_a_slot_written_behind_the_trainers_back_stops_the_run_at_the_next_step(model: str, tmp_path: Path) -> None:
+    class Corrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                next(iter(trainer.policy.weights.linears.values())).slot.b.add_(0.5)
+
+    trainer = make(model, tmp_path / "run", max_steps=5)
+    trainer.add_callback(Corrupt())
+    with pytest.raises(ParityError, match=r"step 3: the adapter's slots.*publish\(\)"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_gap_between_engine_and_trainer_stops_the_run_before_the_update(model: str, tmp_path: Path) -> None:
+    trainer = make(model, tmp_path / "run", parity_limit=1e-9)
+    before = [parameter.clone() for parameter in trainer.policy.parameters()]
+    with pytest.raises(ParityError, match=r"step 1: engine and trainer disagree.*over the limit 1e-09"):
+        trainer.train()
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.policy.parameters(), strict=True))
 
 
 def test_a_failing_reward_stops_the_run_with_the_last_checkpoint_whole(model: str, tmp_path: Path) -> None:
