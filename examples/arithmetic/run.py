@@ -75,7 +75,7 @@ def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="auto", choices=["auto", "transformers", "vllm"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
     parser.add_argument("--learning-rate", type=float, default=7e-4)
     options = parser.parse_args()
