@@ -119,16 +119,24 @@ def main() -> None:
     options.add_argument("--rows-per-microbatch", type=int, default=8)
     arguments = options.parse_args()
     if arguments.side:
-        with peak_memory() as peak:
-            clock = Clock(peak)
-            run, size = (
-                (train_ours, arguments.tokens_per_microbatch)
-                if arguments.side == "ours"
-                else (train_trl, arguments.rows_per_microbatch)
-            )
-            facts = run(arguments.checkpoint, clock, size)
-        print(json.dumps(facts | {"steps": clock.steps}))
-        return
+        run_side(arguments)
+    else:
+        compare(arguments)
+
+
+def run_side(arguments: argparse.Namespace) -> None:
+    """Train with one side here and print its facts as the last line."""
+    with peak_memory() as peak:
+        clock = Clock(peak)
+        if arguments.side == "ours":
+            facts = train_ours(arguments.checkpoint, clock, arguments.tokens_per_microbatch)
+        else:
+            facts = train_trl(arguments.checkpoint, clock, arguments.rows_per_microbatch)
+    print(json.dumps(facts | {"steps": clock.steps}))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run both sides, one after the other, and write the figures."""
     report = Report("step_vs_trl", arguments)
     ours, trl = in_a_process("ours", arguments), in_a_process("trl", arguments)
     seconds = {

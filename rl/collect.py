@@ -28,12 +28,10 @@ class Collected:
 
     Attributes:
         records: one for each completion.
-        informative: whether each can move the policy.
         rollout_seconds, reward_seconds: wall time.
     """
 
     records: list[RolloutRecord]
-    informative: list[bool]
     rollout_seconds: float
     reward_seconds: float
 
@@ -125,7 +123,7 @@ class Collector:
             )
             for position, (index, row) in enumerate(repeated)
         ]
-        return Collected(records, advantages.informative.tolist(), rollout_seconds, reward_seconds)
+        return Collected(records, rollout_seconds, reward_seconds)
 
     def _generate(self, rows: Sequence[tuple[int, Row]], step: int, num_generations: int) -> list[Trajectory]:
         sampling = SamplingParams(self.config.completion_limit, self.config.temperature, self.stop_token_ids)

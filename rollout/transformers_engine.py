@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from ..weightshare.weights import EMBEDDING, HEAD, SharedWeights
 from .admission import check_requests
 from .engine import RolloutRequest
 from .kv_cache import GROUPED_SDPA
+from .lifecycle import Lifecycle
 from .trajectory import Trajectory
 from .wave import Wave
 
@@ -61,7 +61,7 @@ def _lora_hook(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...],
     return add_update
 
 
-class TransformersEngine:
+class TransformersEngine(Lifecycle):
     """`RolloutEngine` on a transformers model, on whatever device the weights are on.
 
     Waiting requests are admitted in *waves* (see `wave.Wave`): a step samples one token for every running wave.
@@ -93,7 +93,6 @@ class TransformersEngine:
         self.model = shared_model(weights, config)
         self._weights = weights
         self._max_sequences, self._prefill_tokens = max_sequences, prefill_tokens
-        self._state: Literal["awake", "asleep", "closed"] = "awake"
         self._waiting: deque[RolloutRequest] = deque()
         self._waves: list[Wave] = []
         self._in_flight: set[str] = set()
@@ -183,16 +182,3 @@ class TransformersEngine:
         self._waiting.clear()
         self._waves.clear()
         self._in_flight.clear()
-
-    def _require_awake(self, action: str) -> None:
-        if self._state != "awake":
-            remedy = "call wake() first" if self._state == "asleep" else "make a new one"
-            raise RuntimeError(f"{action}: the engine is {self._state}; {remedy}")
-
-    def _require_idle(self, action: str) -> None:
-        if self._state == "closed":
-            raise RuntimeError(f"{action}: the engine is closed; make a new one")
-        if self._in_flight:
-            raise RuntimeError(
-                f"{action}: {len(self._in_flight)} requests are unfinished; call step() until `unfinished` is 0"
-            )

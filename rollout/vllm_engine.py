@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -20,6 +20,7 @@ from ..weightshare.memory import KVLayout, free_bytes, kv_cache_bytes, reserve_b
 from ..weightshare.vllm_names import check_names, vllm_version
 from .admission import check_requests
 from .engine import RolloutRequest
+from .lifecycle import Lifecycle
 from .trajectory import Segment, Trajectory
 from .vllm_options import check_engine_kwargs
 from .vllm_process import collector_frozen, vllm_starting
@@ -43,7 +44,7 @@ PREFILL_TOKENS = {"cuda": 8192, "cpu": 2048}
 _open_engine: "weakref.ref[VLLMEngine] | None" = None
 
 
-class VLLMEngine:
+class VLLMEngine(Lifecycle):
     """`RolloutEngine` on vLLM. It loads the checkpoint; the policy is then built on `weights` and `adapter`.
 
     Args:
@@ -82,7 +83,6 @@ class VLLMEngine:
         kv_cache_bytes: int | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ):
-        self._state: Literal["awake", "asleep", "closed"] = "awake"
         self._requests: dict[str, RolloutRequest] = {}
         self.max_context, self._device = max_context, torch.device(device)
         directory = checkpoint_directory(model)
@@ -269,19 +269,6 @@ class VLLMEngine:
         self._requests.clear()
         self._engine.engine_core.shutdown()
         del self._engine, self._model
-
-    def _require_awake(self, action: str) -> None:
-        if self._state != "awake":
-            remedy = "call wake() first" if self._state == "asleep" else "make a new one"
-            raise RuntimeError(f"{action}: the engine is {self._state}; {remedy}")
-
-    def _require_idle(self, action: str) -> None:
-        if self._state == "closed":
-            raise RuntimeError(f"{action}: the engine is closed; make a new one")
-        if self._requests:
-            raise RuntimeError(
-                f"{action}: {len(self._requests)} requests are unfinished; call step() until `unfinished` is 0"
-            )
 
 
 def _require_first() -> None:

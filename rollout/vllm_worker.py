@@ -21,7 +21,7 @@ class KVPoolWorker(Worker):
 
     @contextmanager
     def _in_one_piece(self, pool: AbstractContextManager[Any]) -> Iterator[None]:
-        """Make the pool one mapping: unmapping takes milliseconds a mapping, and vLLM allocates one for each layer.
+        """Make the pool one mapping: vLLM would make one for each layer, and each has to be unmapped and mapped again.
 
         A tensor of the cache's size is made and dropped; PyTorch keeps its block and cuts the layers' tensors out of
         it.
