@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import threading
 import time
@@ -62,7 +63,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.free_before = torch.cuda.mem_get_info()[0] / GIB
+        self.free_before = round(torch.cuda.mem_get_info()[0] / GIB, 1) if torch.cuda.is_available() else None
 
     def add(self, figure: str, value: float, unit: str, better: str, **more: Any) -> None:
         """Note a figure; `more` holds bar, bar_is, peers, repeats, spread and what else explains it."""
@@ -78,8 +79,8 @@ class Report:
             "script": f"benchmarks/{self.name}.py",
             "commit": self.options.commit or commit(),
             "date": date.today().isoformat(),
-            "device": torch.cuda.get_device_name(),
-            "free_gib_before": round(self.free_before, 1),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+            "free_gib_before": self.free_before,
             "versions": versions,
             "rows": self.rows,
         }

@@ -68,7 +68,7 @@ def run_vllm_lora(checkpoint: Path, repeats: int) -> dict[int, list[float]]:
     llm = LLM(
         str(checkpoint), enable_lora=True, max_lora_rank=16, max_loras=1, dtype="bfloat16", max_model_len=4096,
         max_num_seqs=max(BATCHES), kv_cache_memory_bytes=32 * GIB, enable_prefix_caching=False,
-        skip_tokenizer_init=True, async_scheduling=False, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"},
+        skip_tokenizer_init=True, async_scheduling=True, compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"},
     )  # fmt: skip
 
     def run(count: int, tokens: int) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..kernels.attention import packed_attention
 from ..kernels.glu import glu
 from ..kernels.linear_logprob import linear_logprob
-from ..kernels.rms_norm import rms_norm
-from ..kernels.rope import apply_rope, rope_table
+from ..kernels.rms_norm import add_rms_norm, rms_norm
+from ..kernels.rope import QKNorm, rope_table, rotate_qkv
 from ..weightshare.adapter import Adapter
 from ..weightshare.loading import checkpoint_directory, load_weights, read_checkpoint, read_config
 from ..weightshare.weights import SharedWeights
@@ -40,32 +40,37 @@ class _Block:
             for name, tensor in weights.tensors.items()
             if name.startswith(f"{prefix}.")
         }
+        self.qk_norm: QKNorm | None = None
+        if spec.qk_norm:
+            q_weight, k_weight = (self.norms[f"self_attn.{part}_norm.weight"] for part in "qk")
+            self.qk_norm = QKNorm(q_weight, k_weight, spec.norm_eps, spec.one_plus_weight)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return rms_norm(x, self.norms[f"{name}.weight"], self.spec.norm_eps, self.spec.one_plus_weight)
 
+    def _add_norm(self, x: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """norm(x + residual), x + residual."""
+        weight = self.norms[f"{name}.weight"]
+        return add_rms_norm(x, residual, weight, self.spec.norm_eps, self.spec.one_plus_weight)
+
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         spec, tokens = self.spec, x.shape[0]
-        heads = self.qkv_proj(x).view(tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim)
-        q, k, v = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
-        if spec.qk_norm:
-            q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = rotate_qkv(self.qkv_proj(x), cos, sin, spec.heads, spec.kv_heads, self.qk_norm)
         out = packed_attention(q, k, v, lengths, spec.attention_scale, self.layer.window)
         return self.o_proj(out.reshape(tokens, spec.heads * spec.head_dim))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_up_proj(x), self.spec.activation))
+        return self.down_proj(glu(self.gate_up_proj(x), self.spec.activation, overwrite=True))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         """x (tokens, hidden_size) -> the same shape."""
         attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, lengths)
         if not self.spec.sandwich_norms:
-            x = x + attended
-            return x + self._mlp(self._norm(x, "post_attention_layernorm"))
-        x = x + self._norm(attended, "post_attention_layernorm")
-        fed = self._mlp(self._norm(x, "pre_feedforward_layernorm"))
-        return x + self._norm(fed, "post_feedforward_layernorm")
+            normed, x = self._add_norm(attended, x, "post_attention_layernorm")
+            return x + self._mlp(normed)
+        attended = self._norm(attended, "post_attention_layernorm")
+        normed, x = self._add_norm(attended, x, "pre_feedforward_layernorm")
+        return x + self._norm(self._mlp(normed), "post_feedforward_layernorm")
 
 
 class Policy(nn.Module):
@@ -77,6 +82,7 @@ class Policy(nn.Module):
         weights: the base weights, shared with the rollout engine.
         adapter: the LoRA adapter, or None.
         gradient_checkpointing: keep only each block's input for the backward pass and compute the block again.
+        fp32_head: logits in fp32 whatever the dtype (kernels.head_logits); the engine's have to agree.
     """
 
     def __init__(self, weights: SharedWeights, config: PreTrainedConfig, adapter: Adapter | None = None):
@@ -87,6 +93,7 @@ class Policy(nn.Module):
             raise ValueError(f"the shared weights do not have the layout that the {self.spec.family} config describes")
         self.weights, self.adapter = weights, adapter
         self.gradient_checkpointing = False
+        self.fp32_head = True
         self._blocks = [_Block(weights, self.spec, index) for index in range(len(self.spec.layers))]
         self._inverse_frequencies = {
             key: table.inverse_frequencies.to(weights.device) for key, table in self.spec.ropes.items()
@@ -179,11 +186,17 @@ class Policy(nn.Module):
             entropy: also return the entropies of the distributions.
 
         Returns:
-            log-probs (n,) fp32, differentiable in the adapter's masters; entropies (n,) fp32 without gradient, or None.
+            log-probs (n,) fp32 and entropies (n,) fp32 or None, both differentiable in the adapter's masters.
         """
         hidden = self.hidden_states(tokens, lengths)[rows.to(self.device)]
         return linear_logprob(
-            hidden, self.weights.head, targets.to(self.device), temperature, self.spec.final_softcap, entropy
+            hidden,
+            self.weights.head,
+            targets.to(self.device),
+            temperature,
+            self.spec.final_softcap,
+            entropy,
+            self.fp32_head,
         )
 
     forward = logprobs

@@ -119,7 +119,10 @@ def build(
             f"engine_kwargs: the transformers engine has no {', '.join(sorted(unknown))}; "
             f"it takes {', '.join(sorted(TRANSFORMERS_ENGINE_KWARGS))}"
         )
-    return policy, TransformersEngine(policy.weights, policy.config, max_context=max_context, **kwargs)
+    policy.fp32_head = args.cast_lm_head_to_fp32
+    return policy, TransformersEngine(
+        policy.weights, policy.config, max_context=max_context, fp32_head=policy.fp32_head, **kwargs
+    )
 
 
 def _build_on_vllm(
@@ -143,9 +146,11 @@ def _build_on_vllm(
         max_context=max_context,
         device=args.device,
         seed=args.seed,
+        fp32_head=args.cast_lm_head_to_fp32,
         engine_kwargs=kwargs,
     )
     policy = Policy(engine.weights, engine.config, engine.adapter)
+    policy.fp32_head = args.cast_lm_head_to_fp32
     guard = ParityGuard(args.parity_limit, policy.dtype)
     self_test(engine, partial(score, policy), guard, engine.weights, engine.adapter)
     return policy, engine

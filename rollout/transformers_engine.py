@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..kernels.head_logits import head_logits
 from ..weightshare.storage import DenseWeight
 from ..weightshare.weights import EMBEDDING, HEAD, SharedWeights
 from .admission import check_requests
@@ -21,8 +22,22 @@ from .trajectory import Trajectory
 from .wave import Wave
 
 
-def shared_model(weights: SharedWeights, config: PretrainedConfig) -> PreTrainedModel:
+class _Fp32Head(nn.Module):
+    """A head whose logits are not rounded to the dtype of its weight (vocab, hidden_size)."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return head_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
+
+
+def shared_model(weights: SharedWeights, config: PretrainedConfig, fp32_head: bool = True) -> PreTrainedModel:
     """transformers' causal LM of `config`, in eval mode, with views of `weights` for parameters: no second copy.
+
+    Args:
+        fp32_head: logits in fp32 whatever the dtype.
 
     Raises ValueError where the weights are not those of the config, or are not dense.
     """
@@ -46,6 +61,8 @@ def shared_model(weights: SharedWeights, config: PretrainedConfig) -> PreTrained
             f"the shared weights are not those of a {config.model_type} model with this config; "
             f"load both from the same checkpoint: {error}"
         ) from error
+    if fp32_head:
+        model.set_output_embeddings(_Fp32Head(model.get_output_embeddings().weight))
     model.requires_grad_(False)
     return model.to(weights.device).eval()  # moves the buffers; the parameters are there already
 
@@ -72,6 +89,7 @@ class TransformersEngine(Lifecycle):
         max_context: prompt + completion tokens of one sequence; the model's number of positions where None.
         max_sequences: sequences that run at once; the others wait.
         prefill_tokens: most prompt tokens of one forward, padding counted: bounds the prefill's memory.
+        fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
 
     Raises:
         ValueError: weights that do not fit the config, or limits below 1.
@@ -84,13 +102,14 @@ class TransformersEngine(Lifecycle):
         max_context: int | None = None,
         max_sequences: int = 256,
         prefill_tokens: int = 8192,
+        fp32_head: bool = True,
     ):
         self.max_context = config.max_position_embeddings if max_context is None else max_context
         limits = {"max_context": self.max_context, "max_sequences": max_sequences, "prefill_tokens": prefill_tokens}
         for name, limit in limits.items():
             if limit < 1:
                 raise ValueError(f"TransformersEngine: {name} must be at least 1, got {limit}")
-        self.model = shared_model(weights, config)
+        self.model = shared_model(weights, config, fp32_head)
         self._weights = weights
         self._max_sequences, self._prefill_tokens = max_sequences, prefill_tokens
         self._waiting: deque[RolloutRequest] = deque()

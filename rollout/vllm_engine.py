@@ -56,6 +56,7 @@ class VLLMEngine(Lifecycle):
         seed: of the adapter's initialisation; sampling has a seed a request.
         max_sequences: sequences that run at once; by default 256 on a GPU, 64 on the CPU.
         kv_cache_bytes: size of the KV cache; by default from what is free and what `max_sequences` need.
+        fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
         engine_kwargs: any other of `vllm.EngineArgs`' options that does not conflict with sharing.
 
     Attributes:
@@ -81,6 +82,7 @@ class VLLMEngine(Lifecycle):
         seed: int = 0,
         max_sequences: int | None = None,
         kv_cache_bytes: int | None = None,
+        fp32_head: bool = True,
         engine_kwargs: Mapping[str, Any] | None = None,
     ):
         self._requests: dict[str, RolloutRequest] = {}
@@ -100,6 +102,8 @@ class VLLMEngine(Lifecycle):
 
             _check_vllm(self.config, self._device)
             options = self._options(directory, lora, dtype, seed, check_engine_kwargs(given, vllm.EngineArgs))
+            if fp32_head:
+                options["hf_overrides"] = {"head_dtype": "float32"}
             tied = self.config.tie_word_embeddings
             session = SharingSession(lora, seed, tied, lambda *loaded: self._size_kv_cache(options, *loaded))
             _require_first()

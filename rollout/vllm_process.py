@@ -29,7 +29,6 @@ def vllm_starting(device: torch.device) -> Iterator[None]:
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     precision = torch.get_float32_matmul_precision()
     set_num_threads, compile_threads = torch.set_num_threads, inductor_config.compile_threads
-    frozen = gc.get_freeze_count()
     os.environ.update(_settings(precision))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what matters here is checked here
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the size that is asked for
@@ -43,8 +42,7 @@ def vllm_starting(device: torch.device) -> Iterator[None]:
         inductor_config.compile_threads = compile_threads
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
-        if not frozen:
-            gc.unfreeze()
+        gc.unfreeze()
         random.setstate(randomness[0])
         np.random.set_state(randomness[1])
         torch.set_rng_state(randomness[2])
@@ -66,12 +64,9 @@ def _settings(precision: str) -> dict[str, str]:
 
 @contextmanager
 def collector_frozen() -> Iterator[None]:
-    """Within it garbage collections are cheap: vLLM collects when it goes to sleep, over all objects of the process."""
-    frozen = gc.get_freeze_count()
-    if not frozen:
-        gc.freeze()
+    """Within it a garbage collection is free: vLLM collects when it goes to sleep, over all objects of the process."""
+    gc.freeze()
     try:
         yield
     finally:
-        if not frozen:
-            gc.unfreeze()
+        gc.unfreeze()

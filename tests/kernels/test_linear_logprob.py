@@ -45,8 +45,40 @@ def test_equals_log_softmax(
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs.double(), expected, **CLOSE)
     torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
-    assert entropies is not None and not entropies.requires_grad
+    assert entropies is not None
     torch.testing.assert_close(entropies.double(), torch.distributions.Categorical(logits=logits).entropy(), **CLOSE)
+
+
+@pytest.mark.parametrize("tile_elements", [2**25, 3 * VOCAB])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("with_logprobs", [True, False])
+def test_gradient_of_the_entropy(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, softcap: float | None, tile_elements: int, with_logprobs: bool
+) -> None:
+    monkeypatch.setattr(module, "TILE_ELEMENTS", tile_elements)
+    hidden, head, targets = random_inputs()
+    weights, scale = torch.linspace(-2, 1, TOKENS), 0.7 if with_logprobs else 0.0
+    logprobs, entropies = linear_logprob(hidden, head, targets, temperature, softcap, entropy=True)
+    assert entropies is not None
+    loss = (entropies * weights).sum() + (scale * logprobs.sum() if with_logprobs else 0.0)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+
+    logits = all_logits(hidden, head, temperature, softcap)
+    log_p = logits.log_softmax(-1)
+    expected = -((log_p.exp() * log_p).sum(-1) * weights).sum() + scale * log_p[torch.arange(TOKENS), targets].sum()
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    assert expected_gradient.abs().max() > 0.1
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_certain_tokens_have_entropies_without_a_gradient_and_no_nan() -> None:
+    hidden = torch.full((2, 4), 200.0, requires_grad=True)
+    head = torch.linspace(-1, 1, 9)[:, None].expand(9, 4).contiguous()
+    _, entropies = linear_logprob(hidden, head, torch.tensor([8, 0]), entropy=True)
+    assert entropies is not None
+    (gradient,) = torch.autograd.grad(entropies.sum(), hidden)
+    assert (gradient == 0).all() and (entropies == 0).all()
 
 
 def test_half_precision_inputs_give_float32_sums() -> None:
