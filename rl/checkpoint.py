@@ -14,6 +14,9 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 FINISHED = "run_finished.json"
 PREFIX = "checkpoint-"
+ABANDONED = "abandoned-"  # before the names of checkpoints that a run resumed from an earlier one left behind
+INITIAL = "initial_adapter"
+STATE = "trainer_state.json"
 ROLLOUTS = "rollouts"
 
 
@@ -79,7 +82,12 @@ def find_damage(directory: Path) -> str | None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint directories by step, oldest first, sealed or not."""
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step after which a checkpoint was made, by its name."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def latest_complete(output_dir: Path) -> Path | None:
@@ -131,9 +139,9 @@ def prepare_directory(output_dir: Path, start: Path | None) -> None:
     """Make `output_dir` ready to run from `start` (None: step 0): away with what a killed run left half done.
 
     Rollouts of steps that will be made again go, so that none is double; unsealed checkpoints go, and the mark of an
-    end.
+    end. Whole checkpoints of later steps are renamed, so that none is taken for one of the run that now begins.
     """
-    step = int(start.name.removeprefix(PREFIX)) if start else 0
+    step = step_of(start) if start else 0
     rollouts = output_dir / ROLLOUTS
     rollouts.mkdir(parents=True, exist_ok=True)
     for path in rollouts.iterdir():
@@ -143,7 +151,12 @@ def prepare_directory(output_dir: Path, start: Path | None) -> None:
     for path in checkpoints(output_dir):
         if not (path / MANIFEST).is_file():
             shutil.rmtree(path)
-    (output_dir / FINISHED).unlink(missing_ok=True)
+        elif step_of(path) > step:
+            aside = path.with_name(ABANDONED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    for name in (FINISHED, STATE):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def check_disk(

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +13,26 @@ if TYPE_CHECKING:
     from .config import GRPOConfig
     from .run_config import RunConfig
 
+DIFFERENT = 1
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
+    """Run the command line.
+
+    Returns the exit code: 0, 1 for a replay with differences, 2 for an error of the user's, 130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # `train` takes any option of the configuration, which argparse cannot know before the heavy imports.
     if arguments[:1] == ["train"]:
-        return _guarded_train(arguments[1:])
-    if _parser().parse_args(arguments).command == "env":
+        debug = "--debug" in arguments
+        return _guarded(lambda: _train([argument for argument in arguments[1:] if argument != "--debug"]), debug)
+    parsed = _parser().parse_args(arguments)
+    if parsed.command == "env":
         return _env()
+    if parsed.command == "replay":
+        return _guarded(lambda: _replay(parsed), parsed.debug)
     _parser().print_help(sys.stderr)
     return USER_ERROR
 
@@ -39,6 +47,20 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a LoRA adapter as a YAML file says; `colora train --help` lists the options"
     )
     commands.add_parser("env", help="show versions, the GPU, and which engine and kernels would be used")
+    replay = commands.add_parser(
+        "replay",
+        help="do a past step of a run again and print what differs from what was recorded",
+        description="Do a past step of a run of `colora train` again, from its recorded rollouts and the checkpoint "
+        "before it, and print what differs. Nothing is written. Exit code 0: no differences, 1: some, 2: an error.",
+    )
+    replay.add_argument("run", type=Path, metavar="RUN", help="the output_dir of the run")
+    replay.add_argument("--step", type=int, required=True, metavar="K", help="which optimizer step, from 1")
+    replay.add_argument("--no-rewards", action="store_true", help="do not call the reward functions again")
+    replay.add_argument("--generate", action="store_true", help="let the engine sample the rollouts again too")
+    replay.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="X", help="relative difference that does not count (default: 0)"
+    )
+    replay.add_argument("--debug", action="store_true", help="show where an error was raised")
     return parser
 
 
@@ -49,18 +71,18 @@ def _env() -> int:
     return 0
 
 
-def _guarded_train(arguments: list[str]) -> int:
-    """`_train`, with errors of the user's as one line."""
+def _guarded(command: Callable[[], int], debug: bool) -> int:
+    """`command`, with errors of the user's as one line."""
     from ..rewards.runner import RewardError
     from ..weightshare.guard import ParityError
 
     try:
-        return _train([argument for argument in arguments if argument != "--debug"])
+        return command()
     except KeyboardInterrupt:
-        print("interrupted; `--resume true` goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; `colora train --resume true` goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RewardError, ParityError, FloatingPointError) as error:
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -118,10 +140,13 @@ def _dry_run(run: "RunConfig", config: "GRPOConfig") -> int:
 
 
 def _run(run: "RunConfig", config: "GRPOConfig") -> int:
+    from .checkpoint import write_durably
     from .inputs import open_inputs
+    from .rebuild import RUN_FILE, located_yaml
     from .trainer import GRPOTrainer
 
     inputs = open_inputs(run, config)
+    description = located_yaml(run, config)  # makes a GRPOConfig, which must not come after the trainer's
     trainer = GRPOTrainer(
         model=run.model,
         reward_funcs=inputs.reward_funcs,
@@ -130,6 +155,7 @@ def _run(run: "RunConfig", config: "GRPOConfig") -> int:
         eval_dataset=inputs.eval_dataset,
         peft_config=inputs.lora,
     )
+    write_durably(trainer.output_dir / RUN_FILE, description)
     try:
         trainer.train(resume_from_checkpoint=run.resume)
     finally:
@@ -138,6 +164,23 @@ def _run(run: "RunConfig", config: "GRPOConfig") -> int:
     trainer.engine.close()
     print(f"the adapter is in {config.output_dir}")
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from .rebuild import rebuild_trainer
+    from .replay import replay
+
+    trainer, no_rewards = rebuild_trainer(arguments.run, rewards=not arguments.no_rewards)
+    print(f"step {arguments.step} of {arguments.run}")
+    found = replay(
+        trainer, arguments.step, no_rewards=no_rewards, generate=arguments.generate, tolerance=arguments.tolerance
+    )
+    trainer.engine.close()
+    for finding in found:
+        print(f"  {finding}")
+    differences = sum(finding.status == "different" for finding in found)
+    print(f"{differences or 'no'} difference{'' if differences == 1 else 's'}")
+    return DIFFERENT if differences else 0
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 import trl
 
+from .option_rules import check_combinations, warn_of_combinations
 from .option_values import check_choices, check_numbers, is_default
 from .options import HONOURED, INERT, REFUSED
+from .presets import apply_preset, remembers_given
 
 DEVICE_HELP = "Where to run: `cuda` or `cpu`. Not given: CUDA where there is a card, else the CPU."
 
@@ -25,6 +27,7 @@ class _Device:
         return None if config is None else super(GRPOConfig, config).device
 
 
+@remembers_given
 @dataclass
 class GRPOConfig(trl.GRPOConfig):
     """Options of `GRPOTrainer`: those of `trl.GRPOConfig` and `transformers.TrainingArguments`, and the fields below.
@@ -37,9 +40,15 @@ class GRPOConfig(trl.GRPOConfig):
     - `learning_rate` 1e-5 (TRL: 1e-6): only LoRA matrices are trained, which want a larger step than full weights.
     - `vllm_importance_sampling_mode` "token_truncate" and `..._clip_max` 2.0 (TRL: "sequence_mask", 3.0): a cap on the
       summed log-ratio of a sequence masks nearly every completion of some thousand tokens.
+    - `cast_lm_head_to_fp32` True (TRL: False): most of the gap between engine and trainer is the rounding of logits to
+      bfloat16, and sums kept in float32 cost neither a copy of the head nor time.
     - `logging_steps` 1 (TRL: 10): a step takes seconds to minutes, so each is worth a line.
     - `output_dir` must be given (TRL: "trainer_output"): two runs would otherwise write over each other.
     - `metric_for_best_model` is "reward" where one is needed (transformers: "loss"): evaluations measure rewards.
+
+    `algorithm` names a preset: every option that its paper set has the paper's value, unless it is given. What was
+    given wins also where it equals the default; `preset` says afterwards what the preset set. Where every option is
+    passed (argument parsers, dataclasses.replace), one that equals its default counts as not given.
 
     Batches. As in TRL, an optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps`
     completions. How they are cut for memory is decided by `tokens_per_microbatch`, so the two are folded: afterwards
@@ -66,10 +75,82 @@ class GRPOConfig(trl.GRPOConfig):
     )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
-        metadata={"help": "How the gap between engine and trainer is corrected: `token_truncate`, for each token."},
+        metadata={
+            "help": "How the gap between engine and trainer is corrected. The weight is each token's ratio of trainer "
+            "to engine probability (`token_...`), or the product of a completion's ratios (`sequence_...`), or their "
+            "geometric mean (`sequence_mean_...`); outside the bounds it is cut (`..._truncate`) or 0 (`..._mask`)."
+        },
     )
     vllm_importance_sampling_clip_max: float | None = field(
-        default=2.0, metadata={"help": "Upper bound of each token's ratio of trainer to engine probability."}
+        default=2.0, metadata={"help": "Upper bound of that weight."}
+    )
+    algorithm: str | None = field(
+        default=None,
+        metadata={
+            "help": "A preset: sets an algorithm's options to what its paper used, but for those given. One of "
+            "grpo, dr_grpo, bnpo, dapo, gspo, gspo_token, cispo, sapo, luspo, gmpo, rloo, reinforce_pp, "
+            "reinforce_pp_baseline, maxrl, vespo; docs/algorithms.md has a table of them."
+        },
+    )
+    preset: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Filled in: the options that `algorithm` set, for whoever reads the configuration again."},
+    )
+    advantage_estimator: str = field(
+        default="group",
+        metadata={
+            "help": "What a reward is compared with: `group` (mean of its group, scaled as scale_rewards says), `rloo` "
+            "(mean of the others of its group), `reinforce_pp` (all completions: their mean and deviation), "
+            "`reinforce_pp_baseline` (mean of its group, deviation of all), `maxrl` (mean of its group, divided by it)."
+        },
+    )
+    kl_estimator: str = field(
+        default="k3",
+        metadata={"help": "Estimate of the KL divergence of each token to the base model: `k1`, `k2` or `k3`."},
+    )
+    kl_in_reward: bool = field(
+        default=False,
+        metadata={
+            "help": "Take beta times the completion's summed KL divergence from its reward, instead of adding it to "
+            "the loss."
+        },
+    )
+    old_logprobs: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose log-probs the ratio is taken against: the `engine`'s, with which tokens were sampled, or "
+            "the `trainer`'s before the first update. `auto`: the engine's where each generation has one update and "
+            "ratios are of tokens, else the trainer's."
+        },
+    )
+    max_sequence_gap: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "Completions whose log-probs in trainer and engine differ by more than this many nats on average "
+            "over their tokens are left out of the loss. Null: none is."
+        },
+    )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Replace groups without signal by groups of other prompts until the batch is full (DAPO)."},
+    )
+    dynamic_sampling_max_rounds: int = field(
+        default=10,
+        metadata={"help": "Generations at most for one batch with dynamic_sampling; it goes on with what there is."},
+    )
+    overlong_buffer: int = field(
+        default=0,
+        metadata={
+            "help": "In the last so many tokens before max_completion_length a penalty rises from 0 to "
+            "overlong_penalty (DAPO's soft punishment). 0: none."
+        },
+    )
+    overlong_penalty: float = field(
+        default=1.0, metadata={"help": "What a completion of max_completion_length tokens loses, with overlong_buffer."}
+    )
+    cast_lm_head_to_fp32: bool = field(
+        default=True,
+        metadata={"help": "Logits of engine and trainer as fp32 sums; false: rounded to the dtype of the weights."},
     )
     engine: str = field(
         default="auto",
@@ -121,7 +202,9 @@ class GRPOConfig(trl.GRPOConfig):
         self._settle_dtype()
         self._check_options()
         self._check_values()
+        apply_preset(self)
         self._settle_engine()
+        check_combinations(self)
         self._settle_best_metric()
         self._fold_batches()
         super().__post_init__()
@@ -130,6 +213,7 @@ class GRPOConfig(trl.GRPOConfig):
                 f"ACCELERATE_MIXED_PRECISION={self.mixed_precision} is set in the environment, but no autocast runs "
                 "here: unset it and choose the dtype of the weights with `dtype`"
             )
+        warn_of_combinations(self)
         self._n_gpu = 1  # else transformers would spread a batch over every card it sees with DataParallel
 
     # TRL declares these two as possibly None; `_check_values` made sure that they are not.
@@ -201,7 +285,7 @@ class GRPOConfig(trl.GRPOConfig):
             raise ValueError(f"device={str(device)!r} contradicts use_cpu=True: give only one of the two")
 
     def _parse_dicts(self) -> None:
-        for name in ("engine_kwargs", "chat_template_kwargs", "model_init_kwargs"):
+        for name in ("engine_kwargs", "chat_template_kwargs", "model_init_kwargs", "preset"):
             value = getattr(self, name)
             if isinstance(value, str):
                 try:

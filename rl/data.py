@@ -1,6 +1,7 @@
 """From a dataset to the prompts of each step: order, tokenisation, checks."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
+
+from ..rollout.engine import sample_seed
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, Any]]
@@ -63,22 +66,30 @@ class _PromptLoader(DataLoader[tuple[int, Row]]):
 
 
 class _PromptStream(TorchIterableDataset[list[tuple[int, Row]]]):
-    """The same batches out of a stream, in its order, numbered as they come."""
+    """The same batches out of a stream, in its order, numbered as they come; from its beginning again at its end.
+
+    One iteration has no end, so that resuming need only skip as many batches as there were steps.
+    """
 
     def __init__(self, dataset: IterableDataset, prompts_per_generation: int, updates_per_generation: int):
         self.dataset, self.prompts, self.updates = dataset, prompts_per_generation, updates_per_generation
 
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
     def __iter__(self) -> Iterator[list[tuple[int, Row]]]:
-        batch: list[tuple[int, Row]] = []
-        for index, row in enumerate(self.dataset):
-            batch.append((index, row))
-            if len(batch) == self.prompts:
-                for _ in range(self.updates):
-                    yield batch
-                batch = []
+        for epoch in count():
+            self.dataset.set_epoch(epoch)
+            batch: list[tuple[int, Row]] = []
+            generations = 0
+            for index, row in enumerate(self.dataset):
+                batch.append((index, row))
+                if len(batch) == self.prompts:
+                    for _ in range(self.updates):
+                        yield batch
+                    batch, generations = [], generations + 1
+            if not generations:
+                raise ValueError(
+                    f"train_dataset: the stream has {len(batch)} prompts, one generation needs {self.prompts}: lower "
+                    "per_device_train_batch_size or gradient_accumulation_steps, raise num_generations, or add prompts"
+                )
 
 
 def prompt_loader(
@@ -94,6 +105,51 @@ def prompt_loader(
         return DataLoader(_PromptStream(stream, prompts_per_generation, updates_per_generation), batch_size=None)
     schedule = PromptSchedule(len(dataset), prompts_per_generation, updates_per_generation, shuffle, seed)
     return _PromptLoader(_IndexedRows(dataset), batch_sampler=schedule, collate_fn=list)
+
+
+def prompts_of_step(loader: DataLoader[Any], step: int) -> list[tuple[int, Row]]:
+    """What a `prompt_loader` yields for an optimizer step, counted from 1, over all epochs."""
+    if not isinstance(loader, _PromptLoader):  # a stream: one iteration goes through all epochs
+        return next(islice(loader, step - 1, None))
+    epoch, batch = divmod(step - 1, len(loader))
+    loader.set_epoch(epoch)
+    assert loader.batch_sampler is not None  # prompt_loader has given it one
+    indices = next(islice(loader.batch_sampler, batch, None))
+    return [loader.dataset[index] for index in indices]
+
+
+class SparePrompts:
+    """Prompts to ask for in place of those whose completions gave no signal (dynamic sampling).
+
+    Each step has an order of its own, a permutation that depends on (seed, step) alone: resuming and replaying need no
+    state, and the prompts that later steps are scheduled to use stay theirs.
+
+    Raises:
+        ValueError: the dataset is a stream, whose rows cannot be read in another order.
+    """
+
+    def __init__(self, dataset: Dataset | IterableDataset, seed: int):
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "dynamic_sampling=True needs a dataset whose rows can be read in any order, train_dataset is an "
+                "IterableDataset: load it as a Dataset (`Dataset.from_generator` writes it to disk), or set "
+                "dynamic_sampling to False"
+            )
+        self.dataset, self.seed = dataset, seed
+
+    def rows(self, step: int, scheduled: Sequence[int], start: int, count: int) -> list[tuple[int, Row]]:
+        """(dataset index, row) of `count` prompts from the `start`-th spare one of a step on.
+
+        Args:
+            scheduled: the step's own prompts, which are no spare ones unless the dataset has no others. When all are
+                used up, they are asked for again from the first on.
+        """
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, step, -1, -1))  # as no completion has
+        order = torch.randperm(len(self.dataset), generator=generator)
+        others = order[~torch.isin(order, torch.tensor(scheduled, dtype=order.dtype))]
+        order = others if len(others) else order
+        chosen = [int(order[number % len(order)]) for number in range(start, start + count)]
+        return [(index, self.dataset[index]) for index in chosen]
 
 
 class PromptTokenizer:

@@ -1,4 +1,4 @@
-"""The policy loss as pure functions of per-token streams.
+"""The loss of an optimizer step, composed of pure functions of per-token streams.
 
 The trainer knows log-probs, advantages and shares, not algorithms: an `Objective` says which share of the step's loss
 each sequence's tokens have (the normaliser, over the whole optimizer step, so that the split into micro-batches cannot
@@ -6,55 +6,69 @@ matter) and what each token's loss is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .correction import Corrected, RolloutCorrection
+from .kl import kl_estimate
+from .policy_terms import (
+    Statistics,
+    cispo_term,
+    clipped_term,
+    gmpo_term,
+    off_policy_kept,
+    ratio_at_level,
+    sapo_term,
+    vespo_term,
+)
+from .streams import Sequences, TokenStreams
 
-@dataclass(frozen=True)
-class TokenStreams:
-    """The trained tokens of one micro-batch, sequences one after the other; everything (tokens,) fp32.
-
-    Attributes:
-        logprobs: of the policy, with gradient.
-        old_logprobs: of the policy that the ratio is taken against.
-        advantages: of each token's completion.
-        shares: each token's part of the step's loss (`Objective.shares`).
-        corrections: importance weights from the rollout engine's policy to the old policy.
-        sequence: (tokens,) int64, which sequence a token belongs to, from 0.
-        ref_logprobs: of the reference policy; needed when beta is not 0.
-    """
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    shares: Tensor
-    corrections: Tensor
-    sequence: Tensor
-    ref_logprobs: Tensor | None = None
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A clipped policy-gradient objective with its normaliser and KL penalty.
+    """A policy-gradient objective with its normaliser, rollout correction, KL penalty and entropy bonus.
 
     Attributes:
-        loss_type: `grpo`, `bnpo`, `dr_grpo` or `dapo`; they differ in the normaliser.
-        epsilon_low, epsilon_high: the clip range of the ratio is [1 - epsilon_low, 1 + epsilon_high].
-        delta: cap on the unclipped ratio (two-sided clipping, INTELLECT-2, arXiv 2505.07291), or None.
-        beta: weight of the KL penalty.
-        bias_correction: multiply the KL by the ratio (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+        loss_type: one of LOSS_TYPES.
         max_completion_length: the constant of Dr. GRPO's normaliser.
+        importance_sampling_level: whose ratio: `token`, `sequence` (GSPO) or `sequence_token` (GSPO-token); vespo and
+            gmpo have their own.
+        epsilon_low, epsilon_high: the clip range of the ratio is [1 - epsilon_low, 1 + epsilon_high]; for cispo the
+            largest ratio is epsilon_high; for gmpo the range is [-epsilon_low, epsilon_high] of the log-ratio.
+        delta: bound on the ratio before the minimum (two-sided clipping), or None.
+        beta: weight of the KL penalty.
+        kl_estimator: `k1`, `k2` or `k3`.
+        bias_correction: multiply the KL by the ratio (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+        entropy_coef: weight of the mean entropy of the step's tokens, which is taken from the loss.
+        off_policy_threshold: of `off_policy_kept`, or None.
+        sapo_temperatures: (for A <= 0, for A > 0).
+        vespo_shapes: (k, lambda) for A < 0, and for A >= 0.
+        correction: of the gap between engine and trainer.
     """
 
     loss_type: str
-    epsilon_low: float
-    epsilon_high: float
-    delta: float | None
-    beta: float
-    bias_correction: bool
     max_completion_length: int
+    importance_sampling_level: str = "token"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    bias_correction: bool = True
+    entropy_coef: float = 0.0
+    off_policy_threshold: float | None = None
+    sapo_temperatures: tuple[float, float] = (1.05, 1.0)
+    vespo_shapes: tuple[tuple[float, float], tuple[float, float]] = ((3.0, 2.0), (2.0, 3.0))
+    correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r}: known are {', '.join(LOSS_TYPES)}")
 
     def shares(self, trained_tokens: Sequence[int]) -> list[float]:
         """What one token of each sequence weighs in the loss of an optimizer step.
@@ -63,59 +77,97 @@ class Objective:
             trained_tokens: trained tokens of every completion of the step, dropped and masked ones (0) included.
 
         Returns:
-            A weight per sequence. grpo: 1 / (N len_i) (arXiv 2402.03300, eq. 3); bnpo and dapo: 1 / sum of len
-            (DAPO, arXiv 2503.14476, eq. 8; bnpo's "local batch" is the optimizer step); dr_grpo: 1 / (N L_max)
-            (arXiv 2503.20783, section 3.2).
+            A weight per sequence. grpo, sapo, gmpo: 1 / (N len_i) (arXiv 2402.03300, eq. 3); bnpo, dapo, cispo, vespo:
+            1 / sum of len (DAPO, arXiv 2503.14476, eq. 8; bnpo's "local batch" is the optimizer step); dr_grpo:
+            1 / (N L_max) (arXiv 2503.20783, section 3.2); luspo: 1 / N, so that a sequence weighs as much as it is
+            long (arXiv 2602.05261).
         """
         count, total = len(trained_tokens), max(sum(trained_tokens), 1)
-        if self.loss_type == "grpo":
+        if self.loss_type in ("grpo", "sapo", "gmpo"):
             return [1.0 / (count * max(length, 1)) for length in trained_tokens]
-        if self.loss_type in ("bnpo", "dapo"):
-            return [1.0 / total] * count
         if self.loss_type == "dr_grpo":
             return [1.0 / (count * self.max_completion_length)] * count
-        raise ValueError(f"loss_type={self.loss_type!r}: known are 'grpo', 'bnpo', 'dr_grpo', 'dapo'")
+        if self.loss_type == "luspo":
+            return [1.0 / count] * count
+        return [1.0 / total] * count
 
-    def loss(self, streams: TokenStreams) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, streams: TokenStreams) -> tuple[Tensor, Statistics, Sequences]:
         """The micro-batch's part of the step's loss, and per-token statistics.
 
-        -min(r A, clip(r, 1 - low, 1 + high) A) + beta KL for each token (arXiv 2402.03300, eq. 3), r = pi / pi_old.
+        For each token: share * (policy term * correction weight + beta * KL), less the entropy bonus.
 
         Returns:
             loss: scalar with gradient; the step's loss is the sum over its micro-batches.
-            statistics: (tokens,) detached: `ratio`, `clip_low`, `clip_high`, and `kl` when beta is not 0.
+            statistics: (tokens,) without gradient, 0 for masked tokens: what the loss type has of `clip_low`,
+                `clip_high`, `cispo_clip` and `vespo_phi`; `kl`, `entropy`, `off_policy_dropped` where there is such;
+                of the correction `rollout_ratio`, `squared_ratio`, `outside`, `rejected`, `share` and `kept_share`.
+            sequences: of the tokens, to sum the statistics by.
         """
-        ratio = torch.exp(streams.logprobs - streams.old_logprobs)
-        capped = ratio if self.delta is None else ratio.clamp(max=self.delta)
-        clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        advantages = streams.advantages
-        policy = -torch.minimum(capped * advantages, clipped * advantages) * streams.corrections
-        statistics = {
-            "ratio": ratio.detach(),
-            "clip_low": ((capped < 1 - self.epsilon_low) & (advantages < 0)).float(),
-            "clip_high": ((capped > 1 + self.epsilon_high) & (advantages > 0)).float(),
-        }
+        streams = streams.cleaned()
+        sequences = streams.sequences
+        corrected = self.correction.apply(streams)
+        old = streams.engine_logprobs if streams.old_logprobs is None else streams.old_logprobs
+        log_ratio = streams.logprobs - old + corrected.log_shift
+        ratio = ratio_at_level(log_ratio, sequences, self.importance_sampling_level)
+        policy, statistics = self._policy_term(streams, log_ratio, ratio, corrected)
+        if self.loss_type != "vespo":
+            policy = policy * corrected.weights
+        if self.off_policy_threshold is not None:
+            kept = off_policy_kept(
+                streams.logprobs.detach(),
+                streams.engine_logprobs,
+                streams.advantages,
+                sequences,
+                self.off_policy_threshold,
+            )
+            policy, statistics["off_policy_dropped"] = policy * kept, 1 - kept
+        if streams.high_entropy is not None:
+            policy = policy * streams.high_entropy
         if self.beta != 0.0:
             assert streams.ref_logprobs is not None, "beta is not 0: the streams need ref_logprobs"
-            kl = kl_k3(streams.logprobs, streams.ref_logprobs)
+            kl = kl_estimate(streams.logprobs, streams.ref_logprobs, self.kl_estimator)
             if self.bias_correction:
                 kl = kl * ratio
-            policy = policy + self.beta * kl
-            statistics["kl"] = kl.detach()
-        return (policy * streams.shares).sum(), statistics
+            policy, statistics["kl"] = policy + self.beta * kl, kl.detach()
+        loss = (policy * streams.shares * corrected.kept).sum()
+        if streams.entropies is not None:
+            statistics["entropy"] = streams.entropies.detach()
+            if self.entropy_coef != 0.0:
+                loss = loss - self.entropy_coef * self._entropy(streams, corrected)
+        return loss, statistics | _correction_statistics(streams, corrected), sequences
+
+    def _policy_term(
+        self, streams: TokenStreams, log_ratio: Tensor, ratio: Tensor, corrected: Corrected
+    ) -> tuple[Tensor, Statistics]:
+        logprobs, advantages, sequences = streams.logprobs, streams.advantages, streams.sequences
+        if self.loss_type == "cispo":
+            return cispo_term(ratio, logprobs, advantages, self.epsilon_high)
+        if self.loss_type == "sapo":
+            return sapo_term(ratio, advantages, *self.sapo_temperatures)
+        if self.loss_type == "vespo":
+            negative, positive = self.vespo_shapes
+            return vespo_term(
+                log_ratio, logprobs, advantages, sequences, corrected.sequence_log_weights, positive, negative
+            )
+        if self.loss_type == "gmpo":
+            return gmpo_term(log_ratio, advantages, sequences, self.epsilon_low, self.epsilon_high)
+        return clipped_term(ratio, advantages, self.epsilon_low, self.epsilon_high, self.delta)
+
+    def _entropy(self, streams: TokenStreams, corrected: Corrected) -> Tensor:
+        """The micro-batch's part of the step's mean entropy, over the tokens that the policy term acts on."""
+        assert streams.entropies is not None
+        acting = corrected.kept if streams.high_entropy is None else corrected.kept * streams.high_entropy
+        return (streams.entropies * acting).sum() * streams.entropy_share
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || ref) per token: exp(d) - d - 1 with d = ref - pi (arXiv 2402.03300, eq. 4)."""
-    difference = ref_logprobs - logprobs
-    return torch.exp(difference) - difference - 1
-
-
-def truncated_importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
-    """min(pi_old / pi_engine, cap) per token (truncated importance sampling, Yao et al. 2025); no gradient.
-
-    Args:
-        old_logprobs, engine_logprobs: (tokens,) of the same sampled tokens.
-        cap: the largest weight.
-    """
-    return torch.exp(old_logprobs - engine_logprobs).clamp(max=cap).detach()
+def _correction_statistics(streams: TokenStreams, corrected: Corrected) -> Statistics:
+    assert streams.mask is not None
+    ratios = torch.where(streams.mask, corrected.ratios, 0)
+    return {
+        "rollout_ratio": ratios,
+        "squared_ratio": ratios**2,
+        "outside": corrected.outside,
+        "rejected": 1 - corrected.kept,
+        "share": streams.shares,
+        "kept_share": streams.shares * ratios.clamp(max=1),
+    }

@@ -2,9 +2,14 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .streams import Sequences
 
 
 class Metrics:
@@ -34,35 +39,68 @@ class Metrics:
         self._latest.clear()
         return means
 
+    def state(self) -> dict[str, Any]:
+        """What was noted since the last log, for a checkpoint; made of JSON's types."""
+        return {"values": dict(self._values), "latest": dict(self._latest)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._values = defaultdict(list, {name: list(values) for name, values in state["values"].items()})
+        self._latest = dict(state["latest"])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One statistic over the tokens of an optimizer step, and over its sequences' means; NaN where there were none."""
+
+    mean: float = math.nan
+    smallest: float = math.nan
+    largest: float = math.nan
+    sequence_mean: float = math.nan
+    sequence_smallest: float = math.nan
+    sequence_largest: float = math.nan
+
 
 class TokenStatistics:
-    """Token-weighted means over the micro-batches of one optimizer step, and extremes over sequences."""
+    """Per-token statistics of one optimizer step's micro-batches; stays on the device until `summaries` reads it."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
-        self._sequence_means: dict[str, list[Tensor]] = defaultdict(list)
+        self._rows: dict[str, list[Tensor]] = defaultdict(list)
 
-    def add(self, name: str, values: Tensor, sequence: Tensor | None = None) -> None:
-        """Note per-token values (n,); with `sequence` (n,) also the mean of each sequence."""
-        if values.numel() == 0:
+    @torch.no_grad()
+    def add(self, statistics: Mapping[str, Tensor], sequences: Sequences) -> None:
+        """Note a micro-batch's statistics, (tokens,) each; masked tokens and sequences without others do not count."""
+        if not statistics or not sequences.mask.numel():
             return
-        self._sums[name] += values.sum().item()
-        self._counts[name] += values.numel()
-        if sequence is not None:
-            totals = torch.zeros(int(sequence.max()) + 1, device=values.device)
-            counts = torch.zeros_like(totals)
-            totals.index_add_(0, sequence, values)
-            counts.index_add_(0, sequence, torch.ones_like(values))
-            self._sequence_means[name].append((totals / counts.clamp(min=1)).cpu())
+        values = torch.stack([value.detach().double() for value in statistics.values()])
+        means = torch.stack([sequences.means(row) for row in values * sequences.mask])
+        over_tokens = _reduce(values, sequences.mask)
+        over_sequences = _reduce(means, sequences.counts(torch.float64) > 0)
+        for name, row in zip(statistics, torch.cat([over_tokens, over_sequences], dim=1), strict=True):
+            self._rows[name].append(row)
 
-    def mean(self, name: str) -> float:
-        """Mean over all tokens; NaN where there were none."""
-        return self._sums[name] / self._counts[name] if self._counts[name] else math.nan
+    def summaries(self) -> defaultdict[str, Summary]:
+        """Each statistic over all micro-batches; a name that was never noted has NaN. Waits for the device once."""
+        result: defaultdict[str, Summary] = defaultdict(Summary)
+        if not self._rows:
+            return result
+        table = torch.stack([row for rows in self._rows.values() for row in rows]).cpu()
+        for name, part in zip(self._rows, table.split([len(rows) for rows in self._rows.values()]), strict=True):
+            total, count, least, most = part[:, 0::4].sum(0), part[:, 1::4].sum(0), part[:, 2::4], part[:, 3::4]
+            if count[0] > 0:
+                columns = torch.stack([total / count, least.amin(0), most.amax(0)]).T
+                result[name] = Summary(*columns.flatten().tolist())
+        return result
 
-    def sequence_extremes(self, name: str) -> tuple[float, float]:
-        """(smallest, largest) of the sequences' means; NaN where there were none."""
-        if not self._sequence_means[name]:
-            return math.nan, math.nan
-        means = torch.cat(self._sequence_means[name])
-        return means.min().item(), means.max().item()
+
+def _reduce(values: Tensor, mask: Tensor) -> Tensor:
+    """(statistics, n) and (n,) -> (statistics, 4): sum, count, smallest and largest of the unmasked."""
+    return torch.stack(
+        [
+            torch.where(mask, values, 0).sum(1),
+            mask.sum().expand(len(values)).double(),
+            torch.where(mask, values, math.inf).amin(1),
+            torch.where(mask, values, -math.inf).amax(1),
+        ],
+        dim=1,
+    )

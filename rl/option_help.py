@@ -33,16 +33,32 @@ OWN_HELP: dict[str, str] = {
     "gradient_checkpointing": "Keep only the input of each block for the backward pass and compute the block again: "
     "less memory, one more forward.",
     "shuffle_dataset": "Draw prompts in an order that seed and epoch decide, instead of the dataset's.",
-    "loss_type": "How the tokens' losses are added up: `grpo` (mean of each completion, then over completions), `bnpo` "
-    "(mean over tokens), `dr_grpo` (sum divided by max_completion_length) or `dapo` (sum divided by all tokens of the "
-    "batch).",
+    "loss_type": "The objective and how its tokens are added up: `grpo` (mean of each completion, then over "
+    "completions), `bnpo` and `dapo` (mean over the tokens of the step), `dr_grpo` (sum divided by "
+    "max_completion_length), `cispo`, `sapo`, `luspo`, `vespo`, `gmpo`; docs/algorithms.md has the equations. "
+    "`algorithm` sets it together with what belongs to it.",
+    "importance_sampling_level": "Whose ratio of new to old probability: each `token`'s, or the geometric mean over "
+    "its `sequence` (GSPO), or that with the gradient of the token's, `sequence_token` (GSPO-token).",
+    "sapo_temperature_neg": "Of loss_type sapo: how soon the gate closes for completions worse than average.",
+    "sapo_temperature_pos": "Of loss_type sapo: how soon the gate closes for completions better than average.",
+    "vespo_k_pos": "Of loss_type vespo, advantages of 0 and more: k in the weight W^k exp(lambda (1 - W)).",
+    "vespo_lambda_pos": "Of loss_type vespo, advantages of 0 and more: lambda in that weight.",
+    "vespo_k_neg": "Of loss_type vespo, advantages below 0: k in that weight.",
+    "vespo_lambda_neg": "Of loss_type vespo, advantages below 0: lambda in that weight.",
+    "top_entropy_quantile": "Share of the step's tokens, those of highest entropy, that the policy loss acts on; 1: "
+    "all. Below 1 it takes another forward.",
+    "entropy_coef": "Weight of the mean entropy of the step's tokens, which is taken from the loss.",
+    "off_policy_mask_threshold": "Leave out completions worse than average that the policy has become less likely to "
+    "write by more than so many nats a token (DeepSeek-V3.2); null: none.",
+    "vllm_importance_sampling_clip_min": "Lower bound of the weight that vllm_importance_sampling_mode names.",
     "beta": "Weight of the KL divergence to the base model. 0: none, and no forward of the base model.",
     "epsilon": "The ratio of new to old probability is clipped below 1 - epsilon, and above 1 + epsilon_high.",
-    "epsilon_high": "Upper clip range; by default epsilon. The DAPO paper uses 0.28.",
+    "epsilon_high": "Upper clip range; by default epsilon. The DAPO paper uses 0.28. With loss_type cispo the largest "
+    "ratio itself.",
     "delta": "Also cap the ratio at this value where the advantage is negative (INTELLECT-2's two-sided clipping). "
     "Should be above 1 + epsilon_high.",
     "use_bias_correction_kl": "Multiply the KL term by the ratio, which makes its gradient that of the reverse KL "
-    "divergence (DeepSeek-V3.2). Matters where beta is above 0.",
+    "divergence (DeepSeek-V3.2). Matters where beta is above 0, and not with kl_estimator k2.",
     "reward_weights": "Weight of each reward function, in the order of reward_funcs; by default 1 each.",
     "multi_objective_aggregation": "`sum_then_normalize`: add up the weighted rewards, then scale. "
     "`normalize_then_sum`: scale each function's rewards within a group first (GDPO).",
@@ -72,7 +88,7 @@ def train_help() -> str:
     trl_fields = {entry.name for entry in fields(trl.GRPOConfig)}
     groups = {
         "What is trained": run_fields(),
-        "Of this trainer alone": [entry for entry in fields(GRPOConfig) if entry.name in own - trl_fields],
+        "Of this trainer alone": [entry for entry in fields(GRPOConfig) if entry.name in own - trl_fields - {"preset"}],
         "As in trl.GRPOConfig": [entry for entry in fields(GRPOConfig) if entry.name in HONOURED_HERE],
         "As in transformers.TrainingArguments": [
             entry for entry in fields(GRPOConfig) if entry.name in HONOURED_BY_TRANSFORMERS

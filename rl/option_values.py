@@ -9,16 +9,28 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .options import ALSO_ACCEPTED
 
+VLLM_TEMPERATURES = (0.01, 2.0)  # what vLLM samples at: `rollout.vllm_engine` has them too, and imports vLLM
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("auto", "vllm", "transformers"),
     "dtype": ("auto", *DTYPES),
     "reward_errors": ("stop", "none"),
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "gmpo"),
+    "importance_sampling_level": ("token", "sequence", "sequence_token"),
+    "advantage_estimator": ("group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"),
+    "kl_estimator": ("k1", "k2", "k3"),
+    "old_logprobs": ("auto", "engine", "trainer"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "vllm_importance_sampling_mode": ("token_truncate",),
+    "vllm_importance_sampling_mode": (
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "sequence_mean_truncate",
+        "sequence_mean_mask",
+    ),
 }
 
 # Name, whether it must be whole, the least value, whether that value itself is allowed. None is allowed where it is the
@@ -46,16 +58,28 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("epsilon", False, 0, True),
     ("epsilon_high", False, 0, True),
     ("delta", False, 0, False),
+    ("sapo_temperature_neg", False, 0, False),
+    ("sapo_temperature_pos", False, 0, False),
+    ("vespo_k_pos", False, 0, True),
+    ("vespo_lambda_pos", False, 0, True),
+    ("vespo_k_neg", False, 0, True),
+    ("vespo_lambda_neg", False, 0, True),
+    ("top_entropy_quantile", False, 0, True),
+    ("entropy_coef", False, -math.inf, False),
+    ("off_policy_mask_threshold", False, 0, False),
     ("vllm_importance_sampling_clip_max", False, 0, False),
+    ("vllm_importance_sampling_clip_min", False, 0, True),
+    ("max_sequence_gap", False, 0, False),
+    ("dynamic_sampling_max_rounds", True, 1, True),
+    ("overlong_buffer", True, 0, True),
+    ("overlong_penalty", False, 0, True),
     ("parity_limit", False, 0, False),
 )
 
 _WHY = {
     "num_generations": "advantages compare the completions of one prompt, so a group needs at least two",
     "temperature": "greedy decoding explores nothing and has no log-probs to learn from",
-    "loss_type": "the other losses come with a later version",
-    "vllm_importance_sampling_mode": "the ratio of each token is capped; a cap on a sequence's summed ratio would mask "
-    "nearly every long completion",
+    "loss_type": "GSPO is loss_type grpo with importance_sampling_level sequence, or algorithm gspo",
     "reward_errors": "`stop` ends the run with the last checkpoint intact, `none` leaves the sample out and goes on",
 }
 
@@ -74,6 +98,10 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, name)
         if value is not None or not is_default(config, name):
             _check_number(name, value, whole, least, inclusive)
+    if config.top_entropy_quantile > 1:
+        raise ValueError(
+            f"top_entropy_quantile={config.top_entropy_quantile!r} must be a share of the tokens, from 0 to 1 (all)"
+        )
     weights = config.reward_weights
     if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
         raise ValueError(f"reward_weights={weights!r} must be a list of numbers, one for each reward function")

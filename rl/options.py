@@ -35,7 +35,11 @@ HONOURED_HERE = _names(
     shuffle_dataset chat_template_kwargs model_init_kwargs bf16 fp16 gradient_checkpointing use_vllm
     loss_type beta epsilon epsilon_high delta use_bias_correction_kl mask_truncated_completions
     reward_weights multi_objective_aggregation scale_rewards
-    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+    importance_sampling_level sapo_temperature_neg sapo_temperature_pos
+    vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
+    top_entropy_quantile entropy_coef off_policy_mask_threshold cast_lm_head_to_fp32
+    vllm_importance_sampling_correction vllm_importance_sampling_mode
+    vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     log_completions num_completions_to_print
     """
 )
@@ -73,8 +77,7 @@ _BIASED = (
     "the ratio is biased: the engine's log-probs would be those of a reshaped distribution, the trainer's those of the "
     "model. Change `temperature` instead, which both sides apply"
 )
-_LATER_LOSS = "it belongs to a loss that a later version brings; use loss_type grpo, bnpo, dr_grpo or dapo"
-_LATER = "a later version brings it"
+_ADAPTIVE = "the weight of the entropy does not adapt; set `entropy_coef` to a constant"
 _EVAL = "evaluation is by reward functions on generated completions, not by labels"
 _SERVER = "the engine runs in the trainer's process, because it shares the weights; there is no server to reach"
 _PROMPTS = "the dataset yields only prompts, which are tokenized in the trainer's process"
@@ -133,7 +136,6 @@ REFUSED: dict[str, str] = {
     ),
     "trust_remote_code": "the policy is colora's own decoder; no code of a checkpoint is run",
     "router_aux_loss_coef": "mixture-of-experts models are not among the known families",
-    "cast_lm_head_to_fp32": "the head already accumulates in float32",
     "pad_to_multiple_of": "sequences are packed, never padded",
     **_same(_BIASED, "top_p", "top_k", "min_p", "repetition_penalty", "vllm_structured_outputs_regex"),
     "generation_kwargs": "sampling unknown to the trainer biases the ratio; engine settings go into `engine_kwargs`",
@@ -152,11 +154,9 @@ REFUSED: dict[str, str] = {
     "vllm_gpu_memory_utilization": "the KV memory is set from the card and the needs of training; see `engine_kwargs`",
     "vllm_max_model_length": "set `max_context`, which every engine and the trainer obey",
     "vllm_tensor_parallel_size": _ONE_PROCESS,
-    **_same(_LATER_LOSS, "sapo_temperature_neg", "sapo_temperature_pos"),
-    **_same(_LATER_LOSS, "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-    **_same(_LATER, "importance_sampling_level", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
-    **_same(_LATER, "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-    **_same(_LATER, "off_policy_mask_threshold", "max_tool_calling_iterations", "vllm_importance_sampling_clip_min"),
+    **_same(_ADAPTIVE, "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"),
+    **_same(_ADAPTIVE, "entropy_coef_delta", "entropy_target"),
+    "max_tool_calling_iterations": "completions have one turn; tools come with a later version",
     **_same(_REFERENCE, "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "vllm_importance_sampling_cap": "it has a new name: vllm_importance_sampling_clip_max",
     "log_unique_prompts": "every completion of a group is logged, to be compared with the others",
@@ -165,7 +165,7 @@ REFUSED: dict[str, str] = {
 
 # Values other than the default that ask for what happens anyway, or that TRL itself puts in place of the default.
 ALSO_ACCEPTED: dict[str, tuple[object, ...]] = {
-    "debug": ([],),
+    "debug": ([], None),  # None: how argument parsers pass it
     "fsdp": ([], False),
     "gradient_checkpointing_kwargs": ({}, {"use_reentrant": False}),
     "include_num_input_tokens_seen": (False,),

@@ -4,6 +4,7 @@ One Trainer step is one optimizer step: generate and score (every `updates_per_g
 sleep, forward and backward for each micro-batch, step the masters, cast them into the slots that the engine reads.
 """
 
+import json
 import math
 import shutil
 import time
@@ -17,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
@@ -26,17 +27,19 @@ from ..rewards.runner import RewardRunner
 from ..rollout.records import RolloutRecord, read_records, rollout_path, write_records
 from ..weightshare.guard import ParityError
 from . import checkpoint, setup
-from .advantages import compute_advantages
 from .collect import EVALUATION_STEP, Collected, Collector
 from .config import GRPOConfig
-from .data import PromptTokenizer, Row, check_dataset, prompt_loader
+from .data import PromptTokenizer, Row, SparePrompts, check_dataset, prompt_loader
+from .kl_reward import add_kl
 from .learner import Learner
 from .metrics import Metrics
-from .packing import TrainingSample
+from .packing import TrainingSample, training_sample
 from .progress import ProgressBar
+from .rating import record_advantages, reward_weights
 
 RewardFunction = Callable[..., Any] | str | nn.Module
 BATCH_FILE = "rollout_batch.parquet"  # in a checkpoint made between two updates on the same rollouts
+PENDING_FILE = "pending_metrics.json"  # what was noted since the last log
 
 
 class GRPOTrainer(Trainer):
@@ -93,6 +96,9 @@ class GRPOTrainer(Trainer):
             rewards.check_columns(train_dataset.column_names)
         for name, dataset in _named_datasets(eval_dataset):
             check_dataset(dataset, name, tokenize, 1)
+        assert train_dataset is not None  # check_dataset has seen to it
+        spare = SparePrompts(train_dataset, args.seed) if args.dynamic_sampling else None
+        reward_weights(dict(zip(rewards.names, rewards.weights, strict=True)), args)  # names that clash, before loading
 
         self.policy, self.engine = setup.build(model, args, peft_config, max_context)
         assert self.policy.adapter is not None
@@ -114,12 +120,11 @@ class GRPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
             self.add_callback(self.progress)
-        self.rewards = rewards
+        self.rewards, self.spare = rewards, spare
         self.collector = Collector(self.engine, tokenizer, tokenize, rewards, args, stops, self.progress.phase)
-        self._metrics = Metrics()
-        self.learner = Learner(self.policy, args, self._metrics, self.progress.phase)
+        self.metrics = Metrics()
+        self.learner = Learner(self.policy, args, self.metrics, self.progress.phase)
         self._samples: list[TrainingSample] | None = None  # of the generation in use, all completions
-        self._informative: list[bool] = []
         self._records: list[RolloutRecord] = []
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -151,9 +156,10 @@ class GRPOTrainer(Trainer):
         if update == 0 or self._samples is None:
             self._generate(inputs)
         training_started = time.perf_counter()
-        loss = self.learner.accumulate(self._minibatch(update), self.state.global_step + 1, first_update=update == 0)
-        self._metrics.add("time/train_s", time.perf_counter() - training_started)
-        self._metrics.add("step_time", time.perf_counter() - started)
+        loss = self.learner.accumulate(self.minibatch(update), self.state.global_step + 1, first_update=update == 0)
+        self.metrics.add("loss", loss.item())
+        self.metrics.add("time/train_s", time.perf_counter() - training_started)
+        self.metrics.add("step_time", time.perf_counter() - started)
         return loss
 
     def _generate(self, rows: list[tuple[int, Row]]) -> None:
@@ -165,45 +171,44 @@ class GRPOTrainer(Trainer):
                 "wrote to them (a callback, code that keeps the slots' tensors); call adapter.publish() after writing "
                 "masters, never write slots, and resume from the last checkpoint"
             )
-        with self._engine_awake():
-            collected = self.collector.collect(rows, step, self.args.group_size, self._metrics, self.state)
+        with self.engine_awake():
+            collected = self.collector.collect(rows, step, self.args.group_size, self.metrics, self.state, self.spare)
         self._note_generation(collected)
-        self._adopt(collected.records)
+        used = collected.used
+        if self.args.kl_in_reward:
+            add_kl(self.policy, used, self.args, self.metrics)
+        self.collector.rate(used, self.args.group_size, self.metrics)
+        self.adopt(used)
         assert self._samples is not None
-        if self.args.updates_per_generation > 1:
+        if self.learner.recomputes_old:
             self.learner.recompute_old_logprobs(self._samples)
-            for record, sample in zip(collected.records, self._samples, strict=True):
+            for record, sample in zip(used, self._samples, strict=True):
                 record.old_logprobs = sample.old_logprobs
         write_records(rollout_path(self.output_dir / checkpoint.ROLLOUTS, step), collected.records)
         if self.args.log_completions:
-            self.progress.show_completions(collected.records, step, self.args.num_completions_to_print)
+            self.progress.show_completions(used, step, self.args.num_completions_to_print)
 
     def _note_generation(self, collected: Collected) -> None:
         tokens = collected.sampled_tokens
         self.state.num_input_tokens_seen += sum(
             len(r.trajectory.prompt_ids) + len(r.trajectory.completion_ids) for r in collected.records
         )
-        self._metrics.set("num_tokens", self.state.num_input_tokens_seen)
-        self._metrics.add("time/rollout_s", collected.rollout_seconds)
-        self._metrics.add("time/reward_s", collected.reward_seconds)
-        self._metrics.add("throughput/rollout_tokens_per_s", tokens / max(collected.rollout_seconds, 1e-9))
+        self.metrics.set("num_tokens", self.state.num_input_tokens_seen)
+        self.metrics.add("time/rollout_s", collected.rollout_seconds)
+        self.metrics.add("time/reward_s", collected.reward_seconds)
+        self.metrics.add("throughput/rollout_tokens_per_s", tokens / max(collected.rollout_seconds, 1e-9))
 
-    def _adopt(self, records: list[RolloutRecord]) -> None:
-        """Make the training samples of a generation's records."""
-        values = [[math.nan if value is None else value for value in record.rewards.values()] for record in records]
-        advantages = compute_advantages(
-            torch.tensor(values, dtype=torch.float32),
-            torch.tensor(self.rewards.weights),
-            self.args.group_size,
-            self.args.scale_rewards,
-            self.args.multi_objective_aggregation,
-        )
+    def adopt(self, records: list[RolloutRecord]) -> None:
+        """Make the training samples of a generation's records, those that are used."""
+        advantages = record_advantages(records, self.collector.weights, self.args.group_size, self.args)
         self._records = records
         self._samples = [training_sample(record, self.args.mask_truncated_completions) for record in records]
-        self._informative = advantages.informative.tolist()
+        for sample, informative in zip(self._samples, advantages.informative.tolist(), strict=True):
+            if not informative:  # at most a rounding error, for which the learner need not forward the completion
+                sample.advantage = 0.0
 
-    def _minibatch(self, update: int) -> list[TrainingSample]:
-        """The completions of one optimizer step, their shares of its loss set; those that cannot matter left out."""
+    def minibatch(self, update: int) -> list[TrainingSample]:
+        """The completions of one optimizer step, their shares of its loss set."""
         assert self._samples is not None
         order = list(range(len(self._samples)))
         count = self.args.minibatches_per_generation
@@ -218,12 +223,10 @@ class GRPOTrainer(Trainer):
             samples, self.learner.objective.shares([len(s.targets) for s in samples]), strict=True
         ):
             sample.share = share
-        if self.args.beta != 0.0:  # the KL penalty acts on every completion
-            return samples
-        return [self._samples[index] for index in chosen if self._informative[index]]
+        return samples
 
     @contextmanager
-    def _engine_awake(self) -> Iterator[None]:
+    def engine_awake(self) -> Iterator[None]:
         """The engine has its memory inside, and training has it outside."""
         self.engine.wake()
         yield
@@ -242,7 +245,8 @@ class GRPOTrainer(Trainer):
         self.engine.adapter_changed()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs | self._metrics.drain(), start_time)
+        """Log with what was noted; the loss too is our mean, as the Trainer's forgets what came before a resume."""
+        super().log(logs | self.metrics.drain(), start_time)
 
     def evaluate(
         self,
@@ -264,10 +268,12 @@ class GRPOTrainer(Trainer):
             raise ValueError("evaluate: there is no eval_dataset; pass one to the trainer or to evaluate()")
         started, metrics = time.perf_counter(), Metrics()
         generations = self.args.num_generations_eval or self.args.group_size
-        with self._engine_awake():
+        with self.engine_awake():
             collected = self.collector.collect(
                 list(enumerate(dataset)), EVALUATION_STEP, generations, metrics, self.state
             )
+            self.engine.adapter_changed()  # empties the prefix cache: a resumed run has nothing of it there either
+        self.collector.rate(collected.records, generations, metrics)
         results = metrics.drain(f"{metric_key_prefix}_")
         results[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         results[f"{metric_key_prefix}_tokens_per_s"] = collected.sampled_tokens / max(collected.rollout_seconds, 1e-9)
@@ -292,20 +298,44 @@ class GRPOTrainer(Trainer):
         Raises:
             ValueError: `output_dir` holds another run, or the checkpoint is damaged; OSError: the disk is too full.
         """
-        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        args = self.args
+        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         start = checkpoint.resolve_resume(self.output_dir, resume)
-        if self.args.save_strategy != "no":
+        if args.save_strategy != "no":
             trainable = sum(parameter.numel() for parameter in self.policy.parameters())
-            checkpoint.check_disk(self.output_dir, trainable, self.args.save_total_limit)
+            checkpoint.check_disk(self.output_dir, trainable, args.save_total_limit)
         checkpoint.prepare_directory(self.output_dir, start)
+        if start is None:
+            self.adapter.save(self.output_dir / checkpoint.INITIAL, self.base_model)
         self._samples = None
+        evaluate_first, args.eval_on_start = args.eval_on_start, args.eval_on_start and start is None
+        args.restore_callback_states_from_checkpoint = True  # such as the patience of early stopping
         try:
-            result = super().train(None if start is None else str(start), trial, ignore_keys_for_eval)
+            if start is not None and checkpoint.step_of(start) >= self.total_steps():
+                result = self._end_at(start)
+            else:
+                result = super().train(None if start is None else str(start), trial, ignore_keys_for_eval)
         finally:
+            args.eval_on_start = evaluate_first
             self.progress.close()
         if self.state.global_step >= self.state.max_steps:
+            self.state.save_to_json(str(self.output_dir / checkpoint.STATE))
             checkpoint.mark_finished(self.output_dir, self.state.global_step)
         return result
+
+    def total_steps(self) -> int:
+        """The optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+
+    def _end_at(self, last: Path) -> TrainOutput:
+        """What is left to do where a run was killed after its last checkpoint: nothing but to load its results."""
+        self._load_from_checkpoint(str(last))
+        self.state = TrainerState.load_from_json(str(last / checkpoint.STATE))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """PEFT's adapter files, the tokenizer and the options."""
@@ -325,38 +355,25 @@ class GRPOTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.state.global_step % self.args.updates_per_generation:
             write_records(directory / BATCH_FILE, self._records)
+        (directory / PENDING_FILE).write_text(json.dumps(self.metrics.state()))
         checkpoint.seal(directory)
         rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.adapter.load(resume_from_checkpoint)
-        self.engine.adapter_changed()
-        batch_file = Path(resume_from_checkpoint) / BATCH_FILE
+        self._load_adapter(resume_from_checkpoint)
+        batch_file, pending_file = (Path(resume_from_checkpoint) / name for name in (BATCH_FILE, PENDING_FILE))
+        if pending_file.is_file():
+            self.metrics.load_state(json.loads(pending_file.read_text()))
         if batch_file.is_file():
-            records = read_records(batch_file)
-            self._adopt(records)
-            assert self._samples is not None
-            for record, sample in zip(records, self._samples, strict=True):
-                sample.old_logprobs = record.old_logprobs
+            self.adopt(read_records(batch_file))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_adapter(self.state.best_model_checkpoint)
 
-
-def training_sample(record: RolloutRecord, mask_truncated: bool) -> TrainingSample:
-    """What is trained of a rollout: the tokens the model sampled; none of a truncated one where those are masked."""
-    trajectory = record.trajectory
-    prompt_length = len(trajectory.prompt_ids)
-    masked = mask_truncated and trajectory.finish_reason == "length"
-    trained = [] if masked else [i for i, sampled in enumerate(trajectory.completion_mask) if sampled]
-    logprobs = trajectory.logprobs
-    return TrainingSample(
-        tokens=trajectory.prompt_ids + trajectory.completion_ids,
-        targets=[prompt_length + i for i in trained],
-        engine_logprobs=[logprobs[i] for i in trained],
-        advantage=record.advantage,
-    )
+    def _load_adapter(self, directory: str) -> None:
+        self.adapter.load(directory)
+        self.engine.adapter_changed()
 
 
 def _reward_functions(

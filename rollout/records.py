@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from .trajectory import Segment, Trajectory
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no `used`
 VERSION_KEY = b"colora.rollout_schema"
 Text = str | list[dict[str, Any]]  # plain text, or chat messages
 
@@ -46,9 +46,11 @@ SCHEMA = pa.schema(
         pa.field("advantage", pa.float64(), nullable=False),
         pa.field("old_logprobs", pa.list_(pa.float64())),
         pa.field("extra", pa.string(), nullable=False),  # JSON
+        pa.field("used", pa.bool_(), nullable=False),
     ],
     metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
+_SCHEMA_1 = SCHEMA.remove(SCHEMA.get_field_index("used"))
 
 
 @dataclass
@@ -61,11 +63,12 @@ class RolloutRecord:
         sample: its place among the completions of that prompt.
         trajectory: the tokens.
         prompt, completion: their text, or chat messages.
-        rewards: each reward function's value; None where it did not apply.
+        rewards: each reward function's value, and those of other terms of the reward; None where it did not apply.
         reward: the weighted sum; None where no function applied.
-        advantage: what its tokens were trained with.
+        advantage: what its tokens were trained with; 0 where it was not used.
         old_logprobs: the policy's log-probs (nats) of the completion tokens before the step, where they were computed.
         extra: whatever else was logged; survives a round trip through JSON.
+        used: False where dynamic sampling threw its group away: nothing was trained on it.
     """
 
     step: int
@@ -79,6 +82,7 @@ class RolloutRecord:
     advantage: float
     old_logprobs: list[float] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    used: bool = True
 
 
 def rollout_path(directory: str | Path, step: int) -> Path:
@@ -140,9 +144,10 @@ def _read_file(path: Path) -> list[RolloutRecord]:
     version = (table.schema.metadata or {}).get(VERSION_KEY)
     if version is None:
         raise ValueError(f"{path}: a parquet file, but not one of rollouts: its metadata has no schema version")
-    if version != str(SCHEMA_VERSION).encode() or not table.schema.equals(SCHEMA):
+    known = {str(SCHEMA_VERSION).encode(): SCHEMA, b"1": _SCHEMA_1}
+    if version not in known or not table.schema.equals(known[version]):
         raise ValueError(
-            f"{path}: rollouts of schema version {version.decode(errors='replace')}, this release reads "
+            f"{path}: rollouts of schema version {version.decode(errors='replace')}, this release reads 1 and "
             f"{SCHEMA_VERSION}; read it with the release that wrote it"
         )
     return [_from_row(row) for row in table.to_pylist()]
@@ -174,6 +179,7 @@ def _to_row(record: RolloutRecord) -> dict[str, Any]:
         "advantage": record.advantage,
         "old_logprobs": record.old_logprobs,
         "extra": _to_json(record.extra, f"{where}: extra"),
+        "used": record.used,
     }
 
 
@@ -191,6 +197,7 @@ def _from_row(row: dict[str, Any]) -> RolloutRecord:
         advantage=row["advantage"],
         old_logprobs=row["old_logprobs"],
         extra=json.loads(row["extra"]),
+        used=row.get("used", True),  # files of version 1 hold nothing else
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from colora.rl.cli import main as colora
 from colora.rl.options import HONOURED, INERT, REFUSED
+from colora.rl.presets import PRESETS
 from colora.rl.run_config import read_run_config, run_fields
 
 MODEL = "Qwen/Qwen3-0.6B"
@@ -55,12 +56,12 @@ def test_the_configuration_is_one(root: Path, tmp_path: Path, chat_model: str, m
     assert printed["lora"] == {"r": 32, "lora_alpha": 32} and printed["learning_rate"] == 2e-5
 
 
-@pytest.mark.parametrize("name", ["configuration", "how-it-works", "troubleshooting"])
+@pytest.mark.parametrize("name", ["algorithms", "configuration", "how-it-works", "troubleshooting"])
 def test_links_and_files_that_are_named_exist(root: Path, name: str) -> None:
     for page in (root / "README.md", root / "docs" / f"{name}.md"):
         text = page.read_text()
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            assert target.startswith("https:") or (page.parent / target).exists(), f"{page.name} links to {target}"
         for path in re.findall(r"`((?:kernels|weightshare|rollout|rewards|rl|examples|benchmarks)/[\w./-]+)`", text):
             assert (root / path).exists(), f"{page.name} names {path}"
 
@@ -93,6 +94,24 @@ def test_the_defaults_in_the_configuration_page_are_the_defaults(root: Path, tmp
     differing = {name for name in options if hasattr(theirs, name) and getattr(ours, name) != getattr(theirs, name)}
     named = {name: (str(getattr(ours, name)), str(getattr(theirs, name))) for name in sorted(differing)}
     assert {name: (here.strip(), there.strip()) for name, here, there in rows} == named
+
+
+def test_the_presets_in_the_algorithms_page_are_the_presets(root: Path) -> None:
+    """Each row names the values that set a preset apart from the ones below the table, and its minibatches."""
+    text = (root / "docs" / "algorithms.md").read_text()
+    usual = {"importance_sampling_level": "token", "advantage_estimator": "group", "scale_rewards": "group", "beta": 0}
+    below = re.search(r"^Not in a row: (.*)\.$", text, re.MULTILINE)
+    assert below and below[1] == ", ".join(f"{name} {value}" for name, value in usual.items())
+    rows = re.findall(r"^\| `(\w+)` \| (loss_type .*?) \| (\d+) \| ", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(PRESETS)
+    for name, values, minibatches in rows:
+        preset = PRESETS[name]
+        wanted = {option: str(value).lower() for option, value in preset.values.items() if usual.get(option) != value}
+        wanted |= {"overlong_buffer": "a"} if preset.overlong_share else {}  # "a fifth of ..."
+        said = {option: value for option, value in re.findall(r"(\w+) ([\w.]+)", values) if option in wanted}
+        assert said == wanted and int(minibatches) == preset.minibatches, name
+        assert "a fifth of max_completion_length" in values or not preset.overlong_share
+        assert preset.overlong_share in (0, 1 / 5)
 
 
 def test_every_message_in_the_troubleshooting_page_is_in_the_code(root: Path) -> None:

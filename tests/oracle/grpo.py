@@ -21,12 +21,26 @@ class Options:
     max_completion_length: int = 8
     temperature: float = 1.0
     loss_type: str = "dapo"
+    advantage_estimator: str = "group"
     scale_rewards: str = "group"
+    multi_objective_aggregation: str = "sum_then_normalize"
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
     beta: float = 0.0
+    kl_estimator: str = "k3"
     use_bias_correction_kl: bool = True
+    importance_sampling_level: str = "token"
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_threshold: float | None = None
+    sapo_temperatures: tuple[float, float] = (1.05, 1.0)  # A <= 0, A > 0
+    vespo_negative: tuple[float, float] = (3.0, 2.0)  # k, lambda
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    correction_mode: str | None = None
+    clip_min: float | None = None
+    clip_max: float | None = 2.0
+    max_sequence_gap: float | None = None
     num_iterations: int = 1
     mask_truncated: bool = False
     learning_rate: float = 1e-5
@@ -94,36 +108,71 @@ def sample(model: nn.Module, prompt: list[int], uniforms: Tensor, options: Optio
 
 
 def advantages(rewards_BF: Tensor, weights_F: Tensor, options: Options) -> Tensor:
-    """(B,): rewards weighted and summed, less the group's mean, over the standard deviation. NaN: not scored."""
-    result = []
-    total_B = [
-        math.nan
-        if all(math.isnan(value) for value in row)
-        else sum(v * w for v, w in zip(row, weights_F.tolist(), strict=True) if not math.isnan(v))
-        for row in rewards_BF.tolist()
-    ]
-    scored = [value for value in total_B if not math.isnan(value)]
-    for start in range(0, len(total_B), options.num_generations):
-        group = total_B[start : start + options.num_generations]
-        valid = [value for value in group if not math.isnan(value)]
-        for value in group:
-            if math.isnan(value):
-                result.append(0.0)
-                continue
-            centred = value - sum(valid) / len(valid)
-            if options.scale_rewards == "none":
-                result.append(centred)
-            else:
-                spread = _std(valid if options.scale_rewards == "group" else scored)
-                result.append(0.0 if math.isnan(spread) else centred / (spread + 1e-4))
-    return torch.tensor(result)
+    """(B,): how much better than what it is compared with, for every `advantage_estimator`. NaN: not scored, gets 0.
+
+    GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), REINFORCE++ (2501.03262), MaxRL (2602.02710),
+    GDPO (2601.05242).
+    """
+    weights, size = weights_F.tolist(), options.num_generations
+    columns = rewards_BF.T.tolist()
+    if options.multi_objective_aggregation == "normalize_then_sum":
+        each = [[v for g in range(0, len(c), size) for v in _whiten(c[g : g + size])] for c in columns]
+        scores = [
+            _weighted(row, weights, raw) for row, raw in zip(zip(*each, strict=True), rewards_BF.tolist(), strict=True)
+        ]
+        result = _whiten(scores)
+    else:
+        rewards = [_weighted(row, weights, row) for row in rewards_BF.tolist()]
+        result = []
+        for index, reward in enumerate(rewards):
+            group = _scored(rewards[index // size * size : index // size * size + size])
+            result.append(_compared(reward, group, _scored(rewards), options))
+        estimator = options.advantage_estimator
+        if estimator == "reinforce_pp_baseline" or (estimator == "rloo" and options.scale_rewards == "batch"):
+            result = _whiten(result)
+    return torch.tensor([0.0 if math.isnan(value) else value for value in result], dtype=rewards_BF.dtype)
+
+
+def _compared(reward: float, group: list[float], batch: list[float], options: Options) -> float:
+    """One reward against the scored ones of its group and of the batch, of which it is one (or NaN)."""
+    if options.advantage_estimator == "rloo":
+        return reward - (sum(group) - reward) / (len(group) - 1) if len(group) > 1 else math.nan
+    if options.advantage_estimator == "reinforce_pp":
+        return (reward - _mean(batch)) / (_std(batch) + 1e-4)
+    centred = reward - _mean(group)
+    if options.advantage_estimator == "reinforce_pp_baseline":
+        return centred
+    if options.advantage_estimator == "maxrl":
+        return centred / _mean(group) if _mean(group) != 0 else 0.0
+    if options.scale_rewards == "none":
+        return centred
+    return centred / (_std(group if options.scale_rewards == "group" else batch) + 1e-4)
+
+
+def _weighted(values: Sequence[float], weights: list[float], raw: list[float]) -> float:
+    """Sum over the functions with a value; NaN where none of the raw ones scored."""
+    if all(math.isnan(value) for value in raw):
+        return math.nan
+    return sum(value * weight for value, weight in zip(values, weights, strict=True) if not math.isnan(value))
+
+
+def _scored(values: list[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
+
+
+def _whiten(values: list[float]) -> list[float]:
+    mean, std = _mean(_scored(values)), _std(_scored(values))
+    return [(value - mean) / (std + 1e-4) for value in values]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _std(values: list[float]) -> float:
     if len(values) < 2:
         return math.nan
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return math.sqrt(sum((value - _mean(values)) ** 2 for value in values) / (len(values) - 1))
 
 
 def logprobs(model: nn.Module, completions: Sequence[Completion], temperature: float) -> tuple[Tensor, Tensor]:
@@ -143,26 +192,136 @@ def logprobs(model: nn.Module, completions: Sequence[Completion], temperature: f
     return torch.stack(values_BC), mask_BC
 
 
+@dataclass
+class Row:
+    """The tokens of one completion that count, each (n,): log-probs of the policies, advantages, entropies."""
+
+    logp: Tensor
+    mu: Tensor  # the engine's
+    old: Tensor | None  # None: mu ("bypass")
+    trainer: Tensor | None  # of the weights that sampled
+    ref: Tensor | None
+    advantage: Tensor
+    entropy: Tensor
+    high: Tensor  # 1 where the entropy is in the top quantile
+
+
+def correct(row: Row, o: Options) -> tuple[Tensor, Tensor, float]:
+    """The log-ratio to differentiate, the factor of each token's policy term, and 0 for a rejected sequence."""
+    start = row.logp.detach() if row.old is None else row.old
+    log_ratio = row.logp - (row.mu if row.old is None else row.old)
+    weight, kept = torch.ones_like(start), 1.0
+    if o.max_sequence_gap is not None and row.trainer is not None:
+        kept = float((row.trainer - row.mu).mean().abs() <= o.max_sequence_gap)
+    if o.correction_mode is None:
+        return log_ratio, weight, kept
+    level, action = o.correction_mode.rsplit("_", 1)
+    each = start - row.mu
+    gap = {"token": each, "sequence": each.sum().expand_as(each), "sequence_mean": each.mean().expand_as(each)}[level]
+    rho = gap.clamp(-20, 20).exp()
+    low, high = o.clip_min or 0.0, math.inf if o.clip_max is None else o.clip_max
+    bounded = rho.clamp(low, high) if action == "truncate" else rho * ((rho >= low) & (rho <= high))
+    if row.old is not None:
+        weight = bounded
+    elif o.correction_mode == "token_truncate":  # the ratio is the importance weight: bounded, but not its gradient
+        log_ratio = bounded.log() + row.logp - row.logp.detach()
+    else:
+        weight = bounded / rho
+    return log_ratio, weight, kept
+
+
+def ratio_of(log_ratio: Tensor, level: str) -> Tensor:
+    """Token (PPO), sequence (GSPO, arXiv 2507.18071, eq. 7), or GSPO's value with the token's gradient (eq. 14)."""
+    if level == "sequence":
+        return log_ratio.mean().clamp(-20, 20).exp().expand_as(log_ratio)
+    if level == "sequence_token":
+        return (log_ratio - log_ratio.detach() + log_ratio.detach().mean()).clamp(-20, 20).exp()
+    return log_ratio.clamp(-20, 20).exp()
+
+
+def policy_term(row: Row, log_ratio: Tensor, weight: Tensor, o: Options) -> Tensor:
+    """(n,): what each token adds to the policy loss, its weight multiplied on."""
+    a, ratio = row.advantage, ratio_of(log_ratio, o.importance_sampling_level)
+    high = o.epsilon if o.epsilon_high is None else o.epsilon_high
+    if o.loss_type == "cispo":
+        return -ratio.detach().clamp(max=high) * a * row.logp * weight
+    if o.loss_type == "sapo":
+        tau = torch.tensor([o.sapo_temperatures[int(value > 0)] for value in a], dtype=a.dtype)
+        return -4 / tau * (tau * (ratio - 1)).sigmoid() * a * weight
+    if o.loss_type == "vespo":  # its weight is that of the sequence
+        per_token = o.correction_mode is not None and o.correction_mode.startswith("token")
+        extra = weight.log().clamp(math.log(1e-8), 20)
+        log_w = log_ratio.detach().clamp(-20, 20).sum() + (extra.sum() if per_token else extra[0])
+        log_w = log_w.clamp(math.log(1e-8), 20)
+        shapes = [o.vespo_positive if value >= 0 else o.vespo_negative for value in a]
+        phi = torch.stack([(rate + k * log_w - rate * log_w.exp()).exp() for k, rate in shapes])
+        return -phi * a * row.logp
+    if o.loss_type == "gmpo":
+        clipped = [
+            d.clamp(max=high) if value > 0 else d.clamp(min=-o.epsilon) for d, value in zip(log_ratio, a, strict=True)
+        ]
+        return -torch.stack(clipped).mean().clamp(-20, 20).exp() * a * weight
+    capped = ratio if o.delta is None else ratio.clamp(max=o.delta)
+    return -torch.min(capped * a, ratio.clamp(1 - o.epsilon, 1 + high) * a) * weight
+
+
+def kl_term(row: Row, log_ratio: Tensor, o: Options) -> Tensor:
+    assert row.ref is not None
+    d = (row.logp - row.ref).clamp(-20, 20)
+    kl = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() + d - 1}[o.kl_estimator]
+    return kl * ratio_of(log_ratio, o.importance_sampling_level) if o.use_bias_correction_kl else kl
+
+
 def loss(
-    logp_BC: Tensor, old_BC: Tensor, ref_BC: Tensor | None, mask_BC: Tensor, advantages_B: Tensor, options: Options
+    logp_BC: Tensor,
+    old_BC: Tensor | None,
+    ref_BC: Tensor | None,
+    mask_BC: Tensor,
+    advantages_B: Tensor,
+    options: Options,
+    engine_BC: Tensor | None = None,
+    trainer_BC: Tensor | None = None,
+    entropy_BC: Tensor | None = None,
 ) -> Tensor:
-    """The scalar that is minimised (eq. 3 and 4; DAPO, arXiv 2503.14476, eq. 8; Dr. GRPO, arXiv 2503.20783)."""
-    ratio = (logp_BC - old_BC).exp()
-    high = options.epsilon if options.epsilon_high is None else options.epsilon_high
-    clipped = ratio.clamp(1 - options.epsilon, 1 + high)
-    capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
-    token_BC = -torch.min(capped * advantages_B[:, None], clipped * advantages_B[:, None])
-    if ref_BC is not None:
-        kl = (ref_BC - logp_BC).exp() - (ref_BC - logp_BC) - 1
-        token_BC = token_BC + options.beta * (kl * ratio if options.use_bias_correction_kl else kl)
-    summed_B, count_B = (token_BC * mask_BC).sum(1), mask_BC.sum(1)
-    if options.loss_type == "grpo":
-        return (summed_B / count_B.clamp(min=1)).mean()
-    if options.loss_type in ("bnpo", "dapo"):
-        return summed_B.sum() / count_B.sum().clamp(min=1)
-    if options.loss_type == "dr_grpo":
-        return summed_B.sum() / (len(summed_B) * options.max_completion_length)
-    raise ValueError(options.loss_type)
+    """The scalar that is minimised; `advantages_B` may be (B, C). Row by row, each normalised as its paper says.
+
+    DeepSeekMath (arXiv 2402.03300), eq. 3; DAPO (2503.14476), eq. 8; Dr. GRPO (2503.20783); LUSPO (2602.05261).
+    """
+    mu_BC = engine_BC if engine_BC is not None else old_BC
+    assert mu_BC is not None
+    live_BC = mask_BC.bool() & mu_BC.isfinite()
+    entropy_BC = torch.zeros_like(logp_BC) if entropy_BC is None else entropy_BC
+    high_BC = torch.ones_like(logp_BC)
+    if options.top_entropy_quantile < 1:
+        values = sorted(entropy_BC[live_BC].tolist())
+        place = (1 - options.top_entropy_quantile) * (len(values) - 1)
+        low, high = values[math.floor(place)], values[math.ceil(place)]
+        high_BC = (entropy_BC >= low + (high - low) * (place - math.floor(place))).to(logp_BC.dtype)
+    count, tokens, longest = len(logp_BC), int(live_BC.sum()), options.max_completion_length
+    acting = max(int((live_BC * high_BC).sum()), 1)
+    total = 0.0 * torch.where(live_BC, logp_BC, 0).sum()  # part of the graph even if no token counts
+    for index, live in enumerate(live_BC):
+        if not live.any():
+            continue
+        pick = [x if x is None else x[index][live] for x in (logp_BC, mu_BC, old_BC, trainer_BC, ref_BC)]
+        advantage = advantages_B[index].expand(len(live))[live]
+        row = Row(*pick, advantage, entropy_BC[index][live], high_BC[index][live])  # type: ignore[arg-type]
+        log_ratio, weight, kept = correct(row, options)
+        token = policy_term(row, log_ratio, weight, options) * row.high
+        if options.off_policy_threshold is not None:
+            far = (row.mu - row.logp.detach()).mean() > options.off_policy_threshold
+            token = token * ~((row.advantage < 0) & far)
+        if options.beta:
+            token = token + options.beta * kl_term(row, log_ratio, options)
+        if options.loss_type in ("grpo", "sapo", "gmpo"):
+            normaliser = count * len(token)
+        elif options.loss_type == "dr_grpo":
+            normaliser = count * longest
+        else:
+            normaliser = count if options.loss_type == "luspo" else tokens
+        bonus = (row.entropy * row.high).sum() / acting
+        total = total + kept * (token.sum() / normaliser - options.entropy_coef * bonus)
+    return total
 
 
 def updates(

@@ -1,8 +1,10 @@
 """The order of prompts, their tokens, and the errors of datasets that cannot be trained on."""
 
+from itertools import islice
+
 import pytest
 from accelerate import skip_first_batches
-from colora.rl.data import PromptTokenizer, check_dataset, prompt_loader
+from colora.rl.data import PromptTokenizer, SparePrompts, check_dataset, prompt_loader
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -48,9 +50,41 @@ def test_skipping_batches_on_resume_keeps_the_order() -> None:
     assert indices(skipped) == indices(loader)[2:]
 
 
-def test_streams_are_numbered_and_repeated() -> None:
+def test_streams_are_numbered_repeated_and_started_again() -> None:
     stream = Dataset.from_dict({"prompt": list("abcde")}).to_iterable_dataset()
-    assert indices(prompt_loader(stream, 2, 2, shuffle=False, seed=0)) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    batches = islice(prompt_loader(stream, 2, 2, shuffle=False, seed=0), 6)
+    assert indices(batches) == [[0, 1], [0, 1], [2, 3], [2, 3], [0, 1], [0, 1]]
+
+
+def test_a_stream_too_short_for_one_generation_is_refused() -> None:
+    stream = Dataset.from_dict({"prompt": list("ab")}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="the stream has 2 prompts, one generation needs 3"):
+        next(iter(prompt_loader(stream, 3, 1, shuffle=False, seed=0)))
+
+
+def test_spare_prompts_are_the_others_each_once_in_an_order_of_seed_and_step() -> None:
+    dataset = Dataset.from_dict({"prompt": list("abcdefgh")})
+
+    def spare(start: int, number: int, step: int = 3, seed: int = 7) -> list[int]:
+        rows = SparePrompts(dataset, seed).rows(step, [1, 4], start, number)
+        assert all(row["prompt"] == "abcdefgh"[index] for index, row in rows)
+        return [index for index, _ in rows]
+
+    order = spare(0, 6)
+    assert sorted(order) == [0, 2, 3, 5, 6, 7]
+    assert spare(0, 2) + spare(2, 3) + spare(5, 1) == order  # whatever was asked for in which round
+    assert spare(6, 8) == order + order[:2]
+    assert len({tuple(spare(0, 6, step, seed)) for step in (3, 4, 5) for seed in (7, 8)}) == 6
+
+
+def test_where_a_step_takes_every_prompt_they_are_their_own_spare_ones() -> None:
+    rows = SparePrompts(Dataset.from_dict({"prompt": list("abc")}), 0).rows(1, [0, 1, 2], 0, 3)
+    assert sorted(index for index, _ in rows) == [0, 1, 2]
+
+
+def test_streams_have_no_spare_prompts() -> None:
+    with pytest.raises(ValueError, match="dynamic_sampling=True.*IterableDataset: load it as a Dataset"):
+        SparePrompts(Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), 0)
 
 
 def test_text_and_messages(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -114,7 +114,7 @@ def test_packing_changes_nothing(model: str, tmp_path: Path, loss_type: str) -> 
     trainer = make(model, tmp_path / "run", loss_type=loss_type, beta=0.04, tokens_per_microbatch=10_000)
     trainer.engine.wake()
     trainer._generate(next(iter(trainer.get_train_dataloader())))
-    samples = trainer._minibatch(0)
+    samples = trainer.minibatch(0)
 
     def gradients(budget: int, order: list[int]) -> torch.Tensor:
         trainer.args.tokens_per_microbatch = budget
@@ -141,14 +141,14 @@ def test_groups_without_signal_are_counted_and_not_forwarded(model: str, tmp_pat
 def test_several_updates_per_generation_use_each_completion_once(model: str, tmp_path: Path) -> None:
     trainer = make(model, tmp_path / "run", steps_per_generation=2, per_device_train_batch_size=4, max_steps=4)
     seen: list[set[int]] = []
-    original = trainer._minibatch
+    original = trainer.minibatch
 
     def spy(update: int):
         samples = original(update)
         seen.append({id(s) for s in samples})
         return samples
 
-    trainer._minibatch = spy  # type: ignore[method-assign]
+    trainer.minibatch = spy  # type: ignore[method-assign]
     trainer.train()
     assert len(read_records(tmp_path / "run" / "rollouts")) == 2 * 8
     assert all(not (first & second) for first, second in zip(seen[::2], seen[1::2], strict=True))

@@ -7,7 +7,7 @@ import struct
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from colora.rollout.records import RolloutRecord, read_records, rollout_path, write_records
+from colora.rollout.records import SCHEMA, RolloutRecord, read_records, rollout_path, write_records
 from colora.rollout.trajectory import Segment, Trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +54,7 @@ def test_round_trip(tmp_path):
         record(sample=1, prompt="plain", completion=[{"role": "assistant", "content": "ü"}], old_logprobs=None),
         record(sample=2, reward=None, rewards={}, extra={}, trajectory=Trajectory("empty", [1])),
         record(sample=3, reward=math.nan, advantage=0.0, prompt="[1]", completion=""),
+        record(sample=4, used=False),
     ]
     assert bits(round_trip(tmp_path, records)) == bits(records)
 
@@ -97,6 +98,7 @@ records_strategy = st.builds(
     advantage=floats,
     old_logprobs=st.none() | st.lists(floats, max_size=6),
     extra=st.dictionaries(st.text(), json_values, max_size=3),
+    used=st.booleans(),
 )
 
 
@@ -216,5 +218,16 @@ def test_other_parquet_files_and_other_versions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="step_00000001.parquet: a parquet file, but not one of rollouts"):
         read_records(path)
     pq.write_table(pa.table({"step": [1]}).replace_schema_metadata({"colora.rollout_schema": "7"}), path)
-    with pytest.raises(ValueError, match="rollouts of schema version 7, this release reads 1"):
+    with pytest.raises(ValueError, match="rollouts of schema version 7, this release reads 1 and 2"):
+        read_records(path)
+
+
+def test_files_of_version_1_are_read_as_used(tmp_path):
+    path = rollout_path(tmp_path, 3)
+    write_records(path, [record()])
+    old = pq.read_table(path).drop_columns("used").replace_schema_metadata({"colora.rollout_schema": "1"})
+    pq.write_table(old.cast(pa.schema(list(SCHEMA)[:-1], metadata=old.schema.metadata)), path)
+    assert bits(read_records(path)) == bits([record()])
+    pq.write_table(old.drop_columns("extra"), path)
+    with pytest.raises(ValueError, match="rollouts of schema version 1, this release reads"):
         read_records(path)
