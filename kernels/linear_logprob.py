@@ -45,7 +45,10 @@ def _row_gradients(
     softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The reference of `linear_logprob_triton.row_gradients`: dlog p_j / dz = onehot(j) - p, dH / dz = -p (log p + H)."""
+    """The reference of `linear_logprob_triton.row_gradients`.
+
+    d log p_j / dz = onehot(j) - p and d H / dz = -p (log p + H).
+    """
     z = _scaled(logits, temperature, softcap)
     log_p = z - logsumexps[:, None]
     p = torch.exp(log_p)
