@@ -18,6 +18,7 @@ from peft import LoraConfig
 
 BATCHES = {8: 0.90, 32: 0.90, 128: 0.95}  # sequences -> least share of the speed without adapter
 FEW, MANY = 16, 272
+SAVED_ADAPTER = "decode-adapter"  # beside the checkpoint: our variant leaves it there for vLLM's own LoRA
 LORA = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
 
 
@@ -48,6 +49,8 @@ def run_ours(checkpoint: Path, adapter: bool, repeats: int) -> dict[int, list[fl
         checkpoint, LORA if adapter else None, dtype=torch.bfloat16, max_context=4096, device="cuda",
         max_sequences=max(BATCHES), kv_cache_bytes=32 * GIB, engine_kwargs={"enable_prefix_caching": False},
     )  # fmt: skip
+    if engine.adapter is not None:
+        engine.adapter.save(checkpoint.parent / SAVED_ADAPTER)
 
     def run(count: int, tokens: int) -> None:
         sampling = SamplingParams(max_tokens=tokens, temperature=1.0)
@@ -58,13 +61,9 @@ def run_ours(checkpoint: Path, adapter: bool, repeats: int) -> dict[int, list[fl
 
 
 def run_vllm_lora(checkpoint: Path, repeats: int) -> dict[int, list[float]]:
-    from colora.rl.policy import load
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    adapter = checkpoint.parent / "vllm-lora-adapter"
-    if not adapter.exists():
-        load(checkpoint, LORA, torch.bfloat16, "cpu", seed=0).adapter.save(adapter)
     llm = LLM(
         str(checkpoint), enable_lora=True, max_lora_rank=16, max_loras=1, dtype="bfloat16", max_model_len=4096,
         max_num_seqs=max(BATCHES), kv_cache_memory_bytes=32 * GIB, enable_prefix_caching=False,
@@ -74,7 +73,7 @@ def run_vllm_lora(checkpoint: Path, repeats: int) -> dict[int, list[float]]:
     def run(count: int, tokens: int) -> None:
         sampling = SamplingParams(max_tokens=tokens, temperature=1.0, logprobs=0, ignore_eos=True, detokenize=False)
         requests = [{"prompt_token_ids": p} for p in prompts(count)]
-        llm.generate(requests, sampling, lora_request=LoRARequest("a", 1, str(adapter)), use_tqdm=False)
+        llm.generate(requests, sampling, lora_request=LoRARequest("a", 1, str(checkpoint.parent / SAVED_ADAPTER)), use_tqdm=False)
 
     return tokens_per_second(run, repeats)
 

@@ -1,8 +1,8 @@
 """Logits of the head in fp32, without an fp32 copy of the head.
 
 A product of two 16-bit numbers is exact in fp32 and the matrix units sum in fp32; what loses digits is rounding the
-*result*: a bf16 logit of 16 is off by up to 0.06, and so is the log-prob. Engines and trainers round differently
-placed logits, which makes up most of the gap between them (ScaleRL, arXiv 2510.13786, section 3.2: fp32 logits).
+*result*: a bf16 logit of 16 is off by up to 0.06, and so is its log-prob. That part of the gap between engine and
+trainer costs nothing to avoid (ScaleRL, arXiv 2510.13786, trains with fp32 logits for this reason).
 """
 
 import torch

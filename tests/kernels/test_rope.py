@@ -185,11 +185,12 @@ def assert_within_the_bounds(inputs: Inputs, shape: Shape) -> None:
     (q, k, v), grad = run(inputs, shape)
     expected = exact(inputs, shape)
     unit = torch.finfo(inputs.qkv.dtype).eps / (2 if inputs.qkv.is_cuda else 1)  # Triton's interpreter cuts bf16 off
+    spacing = torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps  # of subnormal numbers, met in fp16
     error = (torch.cat((q, k), 1).double() - expected.turned).abs()
-    assert (error <= unit * expected.turned.abs() + expected.turned_slack).all()
+    assert (error <= unit * expected.turned.abs() + expected.turned_slack + spacing).all()
     rotary = shape.heads + shape.kv_heads
     error = (grad.view_as(expected.grad).double() - expected.grad).abs()[:, :rotary]
-    assert (error <= unit * expected.grad[:, :rotary].abs() + expected.grad_slack).all()
+    assert (error <= unit * expected.grad[:, :rotary].abs() + expected.grad_slack + spacing).all()
     assert torch.equal(v, inputs.qkv.view_as(expected.grad)[:, rotary:])
     assert torch.equal(grad.view_as(expected.grad)[:, rotary:], inputs.grads[2])
 

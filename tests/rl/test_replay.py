@@ -40,12 +40,13 @@ def rare(completion_ids, **_):
     return [float(ids[0] % 5 == 0) for ids in completion_ids]
 
 
-def make(model: str, output: Path, reward=rare, **options) -> GRPOTrainer:
+def make(model: str, output: Path, reward=rare, stream: bool = False, **options) -> GRPOTrainer:
     defaults = {
         "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8, "max_steps": STEPS,
         "learning_rate": 3e-3, "report_to": [], "device": "cpu", "disable_tqdm": True,
     }  # fmt: skip
     rows = Dataset.from_dict({"prompt": [f"{n}+1=" for n in range(10)]})
+    rows = rows.to_iterable_dataset() if stream else rows
     lora = LoraConfig(r=4, init_lora_weights=False)
     return GRPOTrainer(model, reward, GRPOConfig(str(output), **(defaults | options)), rows, peft_config=lora)
 
@@ -113,6 +114,13 @@ def test_dynamic_sampling_was_at_work(runs: Callable[[str], Path]) -> None:
     """Else the test above would show nothing of it."""
     records = read_records(runs("dynamic_sampling") / "rollouts")
     assert any(not record.used for record in records)
+
+
+def test_the_second_epoch_of_a_stream_replays(model: str, tmp_path: Path) -> None:
+    make(model, tmp_path, stream=True, save_strategy="no").train()
+    for step in (1, 7):
+        findings = replay(make(model, tmp_path, stream=True, save_strategy="no"), step, generate=True)
+        assert not different(findings) and text_of(findings, "start") == "initial_adapter"
 
 
 def test_another_reward_function_shows(model: str, copied: Path) -> None:
