@@ -73,7 +73,9 @@ def run_vllm_lora(checkpoint: Path, repeats: int) -> dict[int, list[float]]:
     def run(count: int, tokens: int) -> None:
         sampling = SamplingParams(max_tokens=tokens, temperature=1.0, logprobs=0, ignore_eos=True, detokenize=False)
         requests = [{"prompt_token_ids": p} for p in prompts(count)]
-        llm.generate(requests, sampling, lora_request=LoRARequest("a", 1, str(checkpoint.parent / SAVED_ADAPTER)), use_tqdm=False)
+        llm.generate(
+            requests, sampling, lora_request=LoRARequest("a", 1, str(checkpoint.parent / SAVED_ADAPTER)), use_tqdm=False
+        )
 
     return tokens_per_second(run, repeats)
 

@@ -23,7 +23,7 @@ LARGEST, WIDTH, SEED = 999, 3, 0
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--steps", type=int, default=150)
     options.add_argument("--learning-rate", type=float, default=5e-4)
     arguments = options.parse_args()
     report = Report("learning", arguments)
@@ -36,7 +36,7 @@ def main() -> None:
     learn, held_out_problems = problems(SEED, LARGEST)
     config = GRPOConfig(
         mkdtemp(), engine="vllm", per_device_train_batch_size=512, num_generations=16, max_completion_length=6,
-        learning_rate=arguments.learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
+        learning_rate=arguments.learning_rate, lr_scheduler_type="cosine", warmup_steps=5,
         max_steps=arguments.steps, logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to=[],
         seed=SEED, tokens_per_microbatch=16384,
     )  # fmt: skip

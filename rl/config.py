@@ -40,7 +40,7 @@ class GRPOConfig(trl.GRPOConfig):
     - `learning_rate` 1e-5 (TRL: 1e-6): only LoRA matrices are trained, which want a larger step than full weights.
     - `vllm_importance_sampling_mode` "token_truncate" and `..._clip_max` 2.0 (TRL: "sequence_mask", 3.0): a cap on the
       summed log-ratio of a sequence masks nearly every completion of some thousand tokens.
-    - `cast_lm_head_to_fp32` True (TRL: False): a logit of 16 in bfloat16 is off by up to 0.06 nats, on the engine's side
+    - `cast_lm_head_to_fp32` True (TRL: False): a bfloat16 logit of 16 is off by up to 0.06 nats, on the engine's side
       and on the trainer's; sums kept in float32 cost neither a copy of the head nor time.
     - `logging_steps` 1 (TRL: 10): a step takes seconds to minutes, so each is worth a line.
     - `output_dir` must be given (TRL: "trainer_output"): two runs would otherwise write over each other.
