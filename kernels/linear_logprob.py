@@ -73,10 +73,11 @@ class _LinearLogprob(torch.autograd.Function):
         softcap: float | None,
         entropy: bool,
         fp32_head: bool,
+        reference: bool,
     ) -> Any:
         tokens = hidden.shape[0]
         tile = max(1, TILE_ELEMENTS // head.shape[0])
-        statistics = _kernels(hidden)[0]
+        statistics = _passes(hidden, reference)[0]
         logprobs, logsumexps = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
         entropies = torch.empty(tokens if entropy else 0, dtype=torch.float32, device=hidden.device)
         for start in range(0, tokens, tile):
@@ -87,13 +88,14 @@ class _LinearLogprob(torch.autograd.Function):
             )
         ctx.save_for_backward(hidden, head, targets, logsumexps, entropies)
         ctx.temperature, ctx.softcap, ctx.tile, ctx.fp32_head = temperature, softcap, tile, fp32_head
+        ctx.reference = reference
         ctx.set_materialize_grads(False)  # entropies that are only logged cost nothing in the backward pass
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
         hidden, head, targets, logsumexps, entropies = ctx.saved_tensors
-        gradients = _kernels(hidden)[1]
+        gradients = _passes(hidden, ctx.reference)[1]
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logsumexps)
         grad_hidden = torch.empty_like(hidden)
@@ -111,12 +113,12 @@ class _LinearLogprob(torch.autograd.Function):
                 head.dtype,
             )
             torch.mm(grad_logits, head, out=grad_hidden[rows])
-        return grad_hidden, None, None, None, None, None, None
+        return grad_hidden, None, None, None, None, None, None, None
 
 
-def _kernels(hidden: Tensor) -> tuple[Any, Any]:
-    """The two passes over a tile of logits: Triton's on a GPU, the references elsewhere."""
-    if not hidden.is_cuda:
+def _passes(hidden: Tensor, reference: bool) -> tuple[Any, Any]:
+    """The two passes over a tile of logits: Triton's on a GPU, the references elsewhere or on request."""
+    if reference or not hidden.is_cuda:
         return _row_statistics, _row_gradients
     from .linear_logprob_triton import row_gradients, row_statistics
 
@@ -131,6 +133,7 @@ def linear_logprob(
     softcap: float | None = None,
     entropy: bool = False,
     fp32_head: bool = True,
+    reference: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of `targets` and, on request, the entropy of each distribution.
 
@@ -142,11 +145,14 @@ def linear_logprob(
         softcap: Gemma's cap on the logits, if any.
         entropy: also return entropies, in nats.
         fp32_head: logits are fp32 sums (kernels.head_logits); False: rounded to the dtype of the head.
+        reference: plain torch instead of the kernels.
 
     Returns:
         logprobs (tokens,) fp32, natural logarithm; entropies (tokens,) fp32 or None. Both differentiable in `hidden`.
     """
     if temperature <= 0:
         raise ValueError(f"linear_logprob: temperature must be above 0, got {temperature}")
-    logprobs, entropies = _LinearLogprob.apply(hidden, head, targets, temperature, softcap, entropy, fp32_head)
+    logprobs, entropies = _LinearLogprob.apply(
+        hidden, head, targets, temperature, softcap, entropy, fp32_head, reference
+    )
     return logprobs, entropies if entropy else None

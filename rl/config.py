@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import trl
 
+from ..kernels.tiled_mlp import TILE_TOKENS
 from .option_rules import check_combinations, warn_of_combinations
 from .option_values import check_choices, check_numbers, is_default
 from .options import HONOURED, INERT, REFUSED
@@ -171,6 +172,28 @@ class GRPOConfig(trl.GRPOConfig):
         default=8192,
         metadata={"help": "Most tokens in one packed forward and backward: sets memory, changes no result."},
     )
+    activation_offload: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the blocks' inputs wait for the backward pass with gradient_checkpointing: `true`: all but "
+            "the last in page-locked host memory, copied beside the computation; `false`: on the GPU; `auto`: on the "
+            "GPU those that fit in half of its free memory, the rest in host memory. Changes no result."
+        },
+    )
+    mlp_tile_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens for which an MLP's intermediate values are held at a time, with "
+            f"gradient_checkpointing. Not given: {TILE_TOKENS}."
+        },
+    )
+    kernels: str = field(
+        default="auto",
+        metadata={
+            "help": "`reference`: the trainer computes in plain PyTorch, which is slow: for comparisons. `auto`: with "
+            "kernels on a GPU. The engine takes no notice."
+        },
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens in a prompt. A longer one is an error; prompts are never truncated."},
@@ -326,6 +349,8 @@ class GRPOConfig(trl.GRPOConfig):
     def _check_values(self) -> None:
         on_off: dict[Any, str] = {True: "group", False: "none", "true": "group", "false": "none"}
         self.scale_rewards = on_off.get(self.scale_rewards, self.scale_rewards)
+        switch: dict[Any, str] = {True: "true", False: "false"}  # what YAML makes of them
+        self.activation_offload = switch.get(self.activation_offload, self.activation_offload)
         check_choices(self)
         check_numbers(self)
         if str(self.optim).lower().rpartition(".")[2] in ("lomo", "adalomo"):

@@ -15,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("auto", "vllm", "transformers"),
     "dtype": ("auto", *DTYPES),
+    "activation_offload": ("auto", "true", "false"),
+    "kernels": ("auto", "reference"),
     "reward_errors": ("stop", "none"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "gmpo"),
     "importance_sampling_level": ("token", "sequence", "sequence_token"),
@@ -48,6 +50,7 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("max_prompt_length", True, 1, True),
     ("max_context", True, 2, True),
     ("tokens_per_microbatch", True, 1, True),
+    ("mlp_tile_tokens", True, 1, True),
     ("num_completions_to_print", True, 0, True),
     ("learning_rate", False, 0, False),
     ("weight_decay", False, 0, True),

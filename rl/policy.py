@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..kernels.attention import packed_attention
-from ..kernels.glu import glu
-from ..kernels.linear_logprob import linear_logprob
-from ..kernels.rms_norm import add_rms_norm, rms_norm
-from ..kernels.rope import QKNorm, rope_table, rotate_qkv
+from ..kernels.attention import padded_tokens
+from ..kernels.block_checkpoint import checkpointed_block
+from ..kernels.offload import ActivationOffload, BlockInputs
+from ..kernels.ops import OPS, Ops
+from ..kernels.rope import QKNorm, rope_table
+from ..kernels.tiled_mlp import TILE_TOKENS
 from ..weightshare.adapter import Adapter
+from ..weightshare.linear import SharedLinear
 from ..weightshare.loading import checkpoint_directory, load_weights, read_checkpoint, read_config
 from ..weightshare.weights import SharedWeights
 from .families import BlockSpec, block_spec, check_family, decoder_path, model_layout, text_config
@@ -30,6 +31,7 @@ class _Block:
 
     def __init__(self, weights: SharedWeights, spec: BlockSpec, index: int):
         prefix = f"model.layers.{index}"
+        self.ops: Ops = OPS["auto"]
         self.spec, self.layer = spec, spec.layers[index]
         self.qkv_proj = weights.linears[f"{prefix}.self_attn.qkv_proj"]
         self.o_proj = weights.linears[f"{prefix}.self_attn.o_proj"]
@@ -46,31 +48,53 @@ class _Block:
             self.qk_norm = QKNorm(q_weight, k_weight, spec.norm_eps, spec.one_plus_weight)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.norms[f"{name}.weight"], self.spec.norm_eps, self.spec.one_plus_weight)
+        return self.ops.rms_norm(x, self.norms[f"{name}.weight"], self.spec.norm_eps, self.spec.one_plus_weight)
 
     def _add_norm(self, x: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """norm(x + residual), x + residual."""
         weight = self.norms[f"{name}.weight"]
-        return add_rms_norm(x, residual, weight, self.spec.norm_eps, self.spec.one_plus_weight)
+        return self.ops.add_rms_norm(x, residual, weight, self.spec.norm_eps, self.spec.one_plus_weight)
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         spec, tokens = self.spec, x.shape[0]
-        q, k, v = rotate_qkv(self.qkv_proj(x), cos, sin, spec.heads, spec.kv_heads, self.qk_norm)
-        out = packed_attention(q, k, v, lengths, spec.attention_scale, self.layer.window)
-        return self.o_proj(out.reshape(tokens, spec.heads * spec.head_dim))
+        qkv = self.qkv_proj(x, self.ops.reference)
+        q, k, v = self.ops.rotate_qkv(qkv, cos, sin, spec.heads, spec.kv_heads, self.qk_norm)
+        out = self.ops.packed_attention(q, k, v, lengths, spec.attention_scale, self.layer.window)
+        return self.o_proj(out.reshape(tokens, spec.heads * spec.head_dim), self.ops.reference)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_up_proj(x), self.spec.activation, overwrite=True))
+        gate_up = self.gate_up_proj(x, self.ops.reference)
+        return self.down_proj(self.ops.glu(gate_up, self.spec.activation, overwrite=True), self.ops.reference)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x (tokens, hidden_size) -> the MLP's input and the residual it is added to, both of the same shape."""
+        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, lengths)
+        if not self.spec.sandwich_norms:
+            return self._add_norm(attended, x, "post_attention_layernorm")
+        attended = self._norm(attended, "post_attention_layernorm")
+        return self._add_norm(attended, x, "pre_feedforward_layernorm")
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        """(tokens, hidden_size) -> what is added to the residual."""
+        out = self._mlp(normed)
+        return self._norm(out, "post_feedforward_layernorm") if self.spec.sandwich_norms else out
+
+    def attention_parameters(self) -> list[Tensor]:
+        return _masters(self.qkv_proj, self.o_proj)
+
+    def feed_forward_parameters(self) -> list[Tensor]:
+        return _masters(self.gate_up_proj, self.down_proj)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         """x (tokens, hidden_size) -> the same shape."""
-        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, lengths)
-        if not self.spec.sandwich_norms:
-            normed, x = self._add_norm(attended, x, "post_attention_layernorm")
-            return x + self._mlp(normed)
-        attended = self._norm(attended, "post_attention_layernorm")
-        normed, x = self._add_norm(attended, x, "pre_feedforward_layernorm")
-        return x + self._norm(self._mlp(normed), "post_feedforward_layernorm")
+        normed, residual = self.attend(x, cos, sin, lengths)
+        return residual + self.feed_forward(normed)
+
+
+def _masters(*linears: SharedLinear) -> list[Tensor]:
+    """The masters that the outputs of `linears` depend on as things stand."""
+    slots = [linear.slot for linear in linears if linear.slot is not None and linear.adapter_on]
+    return [master for slot in slots for master in (slot.master_a, slot.master_b) if master.requires_grad]
 
 
 class Policy(nn.Module):
@@ -81,7 +105,10 @@ class Policy(nn.Module):
         spec: the decoder derived from it.
         weights: the base weights, shared with the rollout engine.
         adapter: the LoRA adapter, or None.
-        gradient_checkpointing: keep only each block's input for the backward pass and compute the block again.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the block again, its MLP
+            in tiles.
+        mlp_tile_tokens: tokens of such a tile, at most.
+        offload: keeps those inputs in host memory; None: they stay where they are.
         fp32_head: logits in fp32 whatever the dtype (kernels.head_logits); the engine's have to agree.
     """
 
@@ -93,8 +120,11 @@ class Policy(nn.Module):
             raise ValueError(f"the shared weights do not have the layout that the {self.spec.family} config describes")
         self.weights, self.adapter = weights, adapter
         self.gradient_checkpointing = False
+        self.mlp_tile_tokens = TILE_TOKENS
+        self.offload: ActivationOffload | None = None
         self.fp32_head = True
         self._blocks = [_Block(weights, self.spec, index) for index in range(len(self.spec.layers))]
+        self.kernels = "auto"
         self._inverse_frequencies = {
             key: table.inverse_frequencies.to(weights.device) for key, table in self.spec.ropes.items()
         }
@@ -112,6 +142,22 @@ class Policy(nn.Module):
     def dtype(self) -> torch.dtype:
         """The compute dtype; the masters are fp32 whatever it is."""
         return self.weights.dtype
+
+    @property
+    def kernels(self) -> str:
+        """`auto`: the kernels of each op where it has some for the device; `reference`: plain torch everywhere.
+
+        Set it to choose; ValueError where it is neither.
+        """
+        return next(name for name, ops in OPS.items() if ops is self._ops)
+
+    @kernels.setter
+    def kernels(self, name: str) -> None:
+        if name not in OPS:
+            raise ValueError(f"kernels={name!r}: choose {' or '.join(OPS)}")
+        self._ops = OPS[name]
+        for block in self._blocks:
+            block.ops = self._ops
 
     @property
     def max_context(self) -> int:
@@ -150,6 +196,10 @@ class Policy(nn.Module):
             raise ValueError(
                 f"Policy: lengths {list(lengths)} do not split a row of shape {tuple(tokens.shape)} into sequences"
             )
+        count = tokens.shape[0]
+        if self.device.type == "cuda":  # the last sequence is prolonged: causal, so nothing before its end changes
+            padding = padded_tokens(count) - count
+            tokens, lengths = F.pad(tokens, (0, padding)), [*lengths[:-1], lengths[-1] + padding]
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         tables = {
             key: rope_table(positions, frequencies, self.spec.ropes[key].scaling, self.dtype)
@@ -158,14 +208,17 @@ class Policy(nn.Module):
         x = F.embedding(tokens.to(self.device), self.weights.embedding)
         if self._embedding_scale is not None:
             x = x * self._embedding_scale
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self._blocks:
+        inputs: BlockInputs | None = None
+        if self.offload is not None and self.gradient_checkpointing and torch.is_grad_enabled():
+            inputs = self.offload.begin(x, len(self._blocks))
+        for index, block in enumerate(self._blocks):
             cos, sin = tables[block.layer.rope]
-            if recompute:
-                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False, preserve_rng_state=False)
+            if self.gradient_checkpointing:
+                x = checkpointed_block(block, x, (cos, sin, lengths), self.mlp_tile_tokens, inputs, index)
             else:
                 x = block(x, cos, sin, lengths)
-        return rms_norm(x, self.weights.tensors["model.norm.weight"], self.spec.norm_eps, self.spec.one_plus_weight)
+        weight, spec = self.weights.tensors["model.norm.weight"], self.spec
+        return self._ops.rms_norm(x[:count], weight, spec.norm_eps, spec.one_plus_weight)
 
     def logprobs(
         self,
@@ -189,7 +242,7 @@ class Policy(nn.Module):
             log-probs (n,) fp32 and entropies (n,) fp32 or None, both differentiable in the adapter's masters.
         """
         hidden = self.hidden_states(tokens, lengths)[rows.to(self.device)]
-        return linear_logprob(
+        return self._ops.linear_logprob(
             hidden,
             self.weights.head,
             targets.to(self.device),

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..kernels.offload import ActivationOffload
+from ..kernels.tiled_mlp import TILE_TOKENS
 from ..rollout.engine import RolloutEngine
 from ..rollout.self_test import self_test
 from ..rollout.trajectory import Trajectory
@@ -119,10 +121,19 @@ def build(
             f"engine_kwargs: the transformers engine has no {', '.join(sorted(unknown))}; "
             f"it takes {', '.join(sorted(TRANSFORMERS_ENGINE_KWARGS))}"
         )
-    policy.fp32_head = args.cast_lm_head_to_fp32
+    configure(policy, args)
     return policy, TransformersEngine(
         policy.weights, policy.config, max_context=max_context, fp32_head=policy.fp32_head, **kwargs
     )
+
+
+def configure(policy: Policy, args: GRPOConfig) -> None:
+    """Set how the policy computes, and what it keeps for the backward pass."""
+    policy.fp32_head, policy.kernels = args.cast_lm_head_to_fp32, args.kernels
+    policy.mlp_tile_tokens = args.mlp_tile_tokens or TILE_TOKENS
+    policy.offload = None
+    if args.activation_offload != "false" and policy.device.type == "cuda":
+        policy.offload = ActivationOffload(policy.device, keep=1 if args.activation_offload == "true" else None)
 
 
 def _build_on_vllm(
@@ -150,7 +161,7 @@ def _build_on_vllm(
         engine_kwargs=kwargs,
     )
     policy = Policy(engine.weights, engine.config, engine.adapter)
-    policy.fp32_head = args.cast_lm_head_to_fp32
+    configure(policy, args)
     guard = ParityGuard(args.parity_limit, policy.dtype)
     self_test(engine, partial(score, policy), guard, engine.weights, engine.adapter)
     return policy, engine

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.lora_add import LoraPart, lora_add_
-from .storage import WeightStorage
+from ..kernels.lora_training import lora_training, lora_training_reference
+from .storage import DenseWeight, WeightStorage
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,16 @@ class SharedLinear:
         self.slot: LoraSlot | None = None
         self.adapter_on = True
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (tokens, in) -> (tokens, out), dtype of the base."""
-        y = self.weight.linear(x, self.bias)
+    def __call__(self, x: Tensor, reference: bool = False) -> Tensor:
+        """x (tokens, in) -> (tokens, out), dtype of the base; `reference`: the update in plain torch on a GPU too."""
         if self.slot is None or not self.adapter_on:
-            return y
+            return self.weight.linear(x, self.bias)
         slot = self.slot
-        return lora_add_(y, x, slot.a, slot.b, slot.master_a, slot.master_b, slot.scale, slot.parts)
+        update = (slot.a, slot.b, slot.master_a, slot.master_b, slot.scale, slot.parts)
+        if isinstance(self.weight, DenseWeight):
+            compute = lora_training_reference if reference else lora_training
+            return compute(x, self.weight.tensor, self.bias, *update)
+        return lora_add_(self.weight.linear(x, self.bias), x, *update)
 
     def part_name(self, part: OutputPart) -> str:
         """Hugging Face's module name of one part, e.g. `model.layers.0.self_attn.q_proj`."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from colora.kernels.attention import packed_attention
+from colora.kernels.attention import Segment, attention_plan, packed_attention, padded_tokens
 from torch import Tensor
 
 LENGTHS = (5, 1, 7)
@@ -61,6 +61,112 @@ def test_one_token_sees_itself_alone() -> None:
     torch.testing.assert_close(out, v.repeat_interleave(2, dim=1), rtol=0, atol=1e-15)
 
 
-def test_lengths_that_do_not_fill_the_row_are_refused() -> None:
-    with pytest.raises(ValueError, match="lengths add up to 12, the row has 13 tokens"):
-        packed_attention(*random_row(4, 2), [5, 7], SCALE)
+@pytest.mark.parametrize(
+    ("lengths", "window", "message"),
+    [
+        ([5, 7], None, "lengths add up to 12, the row has 13 tokens"),
+        ([5, 0, 8], None, r"at least 1 token, lengths are \[5, 0, 8\]"),
+        ([], None, r"at least 1 token, lengths are \[\]"),
+        ([13], 0, "a window of 0 tokens"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(lengths: list[int], window: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        packed_attention(*random_row(4, 2), lengths, SCALE, window)
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(13, 4, 6\), \(13, 3, 6\), \(13, 3, 6\); expected"):
+        packed_attention(*random_row(4, 3), LENGTHS, SCALE)
+
+
+def dense(*lengths: int) -> Segment:
+    return Segment(lengths, dense=True)
+
+
+def packed(*lengths: int) -> Segment:
+    return Segment(lengths, dense=False)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "plan"),
+    [
+        ((32768,), None, [dense(32768)]),
+        ((3,), None, [dense(3)]),
+        ((8192,), 1024, [packed(8192)]),
+        ((4096,) * 8, None, [dense(*(4096,) * 8)]),
+        ((1536, 1536), None, [dense(1536, 1536)]),
+        ((200, 200), None, [packed(200, 200)]),
+        ((1536, 1500, 900), None, [packed(1536, 1500, 900)]),
+        ((5000, 100, 300, 4096, 700), None, [dense(5000), packed(100, 300), dense(4096), dense(700)]),
+        ((5000, 100), 512, [packed(5000, 100)]),
+    ],
+)
+def test_plan(lengths: tuple[int, ...], window: int | None, plan: list[Segment]) -> None:
+    assert list(attention_plan(lengths, window)) == plan
+
+
+def test_plan_with_another_threshold() -> None:
+    assert list(attention_plan((1536, 1500, 90), dense_from=1500)) == [dense(1536), dense(1500), dense(90)]
+
+
+def test_padded_tokens_are_few_and_their_own_padding() -> None:
+    assert [padded_tokens(n) for n in (1, 128, 129, 16384, 16385, 40000)] == [128, 128, 256, 16384, 16640, 40448]
+    for tokens in (1, 1000, 5555, 16383, 32769, 131071):
+        padded = padded_tokens(tokens)
+        assert padded % 128 == 0 and padded_tokens(padded) == padded
+        assert tokens <= padded < max(tokens + 128, tokens * (1 + 1 / 64))
+
+
+GPU_ROWS = {
+    "one": ((1000,), None),
+    "one_token": ((1,), None),
+    "equal": ((640, 640), None),
+    "equal_padded": ((513, 513, 513), None),
+    "packed": ((129, 1, 127, 500, 300), None),
+    "window": ((700, 1, 129), 100),
+    "window_of_one": ((300, 20), 1),
+    "mixed": ((4100, 60, 129, 40), None),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("lengths", "window"), GPU_ROWS.values(), ids=GPU_ROWS)
+@pytest.mark.parametrize(("kv_heads", "dtype"), [(2, torch.bfloat16), (4, torch.float16)], ids=["gqa_bf16", "mha_fp16"])
+def test_kernels_equal_double_precision(
+    lengths: tuple[int, ...], window: int | None, kv_heads: int, dtype: torch.dtype
+) -> None:
+    tokens, heads, head_dim = sum(lengths), 4, 128
+    generator = torch.Generator("cuda").manual_seed(0)
+    fused, grad = (
+        torch.randn(tokens, n, head_dim, generator=generator, device="cuda").to(dtype)
+        for n in (heads + 2 * kv_heads, heads)
+    )
+
+    def run(fused: Tensor, grad: Tensor) -> list[Tensor]:
+        """Output and gradient of the fused projection, whose slices q, k and v are."""
+        leaf = fused.clone().requires_grad_()
+        out = packed_attention(*leaf.split((heads, kv_heads, kv_heads), dim=1), lengths, head_dim**-0.5 * 1.3, window)
+        out.backward(grad)
+        return [out.detach().double(), leaf.grad.double()]
+
+    u = torch.finfo(dtype).eps / 2
+    for ours, exact in zip(run(fused, grad), run(fused.double(), grad.double()), strict=True):
+        assert ours.shape == exact.shape
+        assert (ours - exact).norm() < 2 * u * exact.norm()
+        assert (ours - exact).abs().max() < 8 * u * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(640,), (640, 640), (300, 90, 250)], ids=["dense", "batch", "packed"])
+def test_kernels_pass_nan_on(lengths: tuple[int, ...]) -> None:
+    q, k, v = (x.bfloat16().cuda() for x in random_row_of(64, sum(lengths)))
+    v[20] = torch.nan
+    out = packed_attention(q, k, v, lengths, SCALE)
+    assert out[20 : lengths[0]].isnan().all()
+    assert out[-100:].isfinite().all() or len(lengths) == 1
+
+
+def random_row_of(head_dim: int, tokens: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(tokens, heads, head_dim, generator=generator) for heads in (4, 2, 2))

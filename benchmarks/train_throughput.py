@@ -1,0 +1,154 @@
+"""Forward and backward of one packed row, 8B shape, bf16, LoRA r=32 on all linears: share of the roof, tokens/s, peak.
+
+Ours against transformers + PEFT + gradient checkpointing + SDPA, and against the same patched by Liger, one after the
+other, each in a process of its own: `python benchmarks/train_throughput.py`. The weights are random; every token is
+trained. The roof is the rate of a large bf16 matrix product, measured in the same run; counted are 6 FLOPs a parameter
+a token and the causal half of attention, forward and twice that backward. Recomputation is not counted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from checkpoints import ALL, SHAPES
+from common import Report, best_of, parser, peak_memory
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+LENGTHS = {"8k": 8192, "32k": 32768, "64k": 65536}
+SIDES = ("ours", "transformers", "liger")
+LORA = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+BAR = 0.5
+
+
+def model_config(shape: str) -> Qwen3Config:
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return Qwen3Config(**ALL, **SHAPES[shape], max_position_embeddings=131072, rope_parameters=rope)
+
+
+def flops(config: Qwen3Config, tokens: int) -> float:
+    """6 a parameter (the head's included, the embedding's not) and token, and attention."""
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = hidden * config.head_dim * (2 * heads + 2 * kv_heads)
+    block = attention + 3 * hidden * config.intermediate_size
+    parameters = config.num_hidden_layers * block + hidden * config.vocab_size
+    scores = 3 * 2 * tokens**2 * heads * config.head_dim * config.num_hidden_layers
+    return 6.0 * parameters * tokens + scores
+
+
+def matmul_roof() -> float:
+    """FLOP/s of an 8192 x 8192 x 8192 product of random bf16 matrices."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = 20
+    seconds, _ = best_of(lambda: [a @ b for _ in range(times)], 5)
+    return times * 2 * 8192**3 / seconds
+
+
+def ours(config: Qwen3Config) -> Callable[[torch.Tensor], None]:
+    from colora.rl.families import block_spec, model_layout
+    from colora.rl.policy import build
+    from colora.weightshare.weights import SharedWeights
+
+    weights = SharedWeights.empty(model_layout(block_spec(config)), torch.bfloat16, "cuda")
+    for name, tensor in weights.dense_parameters():
+        tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(0.0, 0.02)
+    policy = build(weights, config, LoraConfig(**LORA, init_lora_weights=False), seed=0)
+    policy.gradient_checkpointing = True
+
+    def step(tokens: torch.Tensor) -> None:
+        rows = torch.arange(len(tokens) - 1, device="cuda")
+        logprobs, _ = policy.logprobs(tokens, [len(tokens)], rows, tokens[1:])
+        logprobs.mean().backward()
+
+    return step
+
+
+def transformers_model(config: Qwen3Config, liger: bool) -> Callable[[torch.Tensor], None]:
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        apply_liger_kernel_to_qwen3()
+    with torch.device("cuda"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(model, LoraConfig(**LORA), autocast_adapter_dtype=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+
+    def step(tokens: torch.Tensor) -> None:
+        model(input_ids=tokens[None], labels=tokens[None], use_cache=False).loss.backward()
+
+    return step
+
+
+def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str, dict[str, float] | None]:
+    """{length: {seconds, spread, peak_gib}}, None where the memory does not suffice."""
+    config = model_config(shape)
+    step = ours(config) if side == "ours" else transformers_model(config, side == "liger")
+    results: dict[str, dict[str, float] | None] = {}
+    for name in lengths:
+        tokens = torch.randint(0, config.vocab_size, (LENGTHS[name],), device="cuda")
+        try:
+            step(tokens)  # compiles and chooses kernels
+            torch.cuda.empty_cache()
+            with peak_memory() as peak:
+                seconds, spread = best_of(partial(step, tokens), repeats)
+            results[name] = {"seconds": seconds, "spread": spread, "peak_gib": peak[0]}
+        except torch.OutOfMemoryError:
+            results[name] = None
+        torch.cuda.empty_cache()
+    return results
+
+
+def in_a_process(side: str, arguments: argparse.Namespace) -> dict[str, dict[str, float] | None]:
+    command = [sys.executable, __file__, "--side", side, "--shape", arguments.shape]
+    command += ["--repeats", str(arguments.repeats), "--lengths", *arguments.lengths]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    print(f"{side:13} {result.stdout.splitlines()[-1]}", flush=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--shape", choices=list(SHAPES), default="8b")
+    options.add_argument("--lengths", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--side", choices=SIDES, help="run this one here and print its times")
+    arguments = options.parse_args()
+    if arguments.side:
+        print(json.dumps(measure(arguments.side, arguments.shape, arguments.lengths, arguments.repeats)))
+        return
+    report, roof, config = Report("train_throughput", arguments), matmul_roof(), model_config(arguments.shape)
+    torch.cuda.empty_cache()
+    sides = {side: in_a_process(side, arguments) for side in SIDES}
+    for name in arguments.lengths:
+        found = {side: results[name] for side, results in sides.items()}
+        speeds = {side: round(LENGTHS[name] / result["seconds"]) for side, result in found.items() if result}
+        peaks = {side: round(result["peak_gib"], 2) for side, result in found.items() if result}
+        mine = found["ours"]
+        if mine is None:
+            print(f"{name}: out of memory")
+            continue
+        report.add(
+            f"train_roof_share.{arguments.shape}.{name}",
+            flops(config, LENGTHS[name]) / mine["seconds"] / roof,
+            "share",
+            "higher",
+            bar=BAR,
+            bar_is=f"{BAR:.0%} of the measured matrix-product roof",
+            roof_tflops=round(roof / 1e12),
+            tok_s=speeds,
+            peak_gib=peaks,
+            repeats=arguments.repeats,
+            spread=round(mine["spread"], 3),
+        )
+    print(report.write())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""A checkpointed block against the same block with everything kept, in double precision."""
+
+import gc
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+from colora.kernels.block_checkpoint import checkpointed_block
+from colora.kernels.offload import ActivationOffload
+from torch import Tensor
+
+
+class Block:
+    """Mixes tokens in its first half and not in its second; each half has a matrix, which may be frozen."""
+
+    def __init__(self, seed: int = 0, attention: bool = True, mlp: bool = True):
+        generator = torch.Generator().manual_seed(seed)
+        self.mix = torch.randn(4, 4, generator=generator, dtype=torch.float64).requires_grad_(attention)
+        self.up = torch.randn(4, 4, generator=generator, dtype=torch.float64).requires_grad_(mlp)
+        self.attended, self.rows, self.fail = 0, [], False
+
+    def attend(self, x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        self.attended += 1
+        if self.fail:
+            raise ArithmeticError("no")
+        residual = x + factor * (x.cumsum(0) @ self.mix).tanh()
+        return residual.sin(), residual
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        self.rows.append(len(normed))
+        return (normed @ self.up).sigmoid() * normed
+
+    def attention_parameters(self) -> Sequence[Tensor]:
+        return [self.mix] if self.mix.requires_grad else []
+
+    def feed_forward_parameters(self) -> Sequence[Tensor]:
+        return [self.up] if self.up.requires_grad else []
+
+    def __call__(self, x: Tensor, factor: float) -> Tensor:
+        normed, residual = self.attend(x, factor)
+        return residual + self.feed_forward(normed)
+
+
+def row(tokens: int = 7) -> Tensor:
+    return torch.randn(tokens, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def run(blocks: list[Block], x: Tensor, tile: int, offload: ActivationOffload | None) -> Tensor:
+    inputs = None if offload is None else offload.begin(x, len(blocks))
+    for index, block in enumerate(blocks):
+        x = checkpointed_block(block, x, (0.5,), tile, inputs, index)
+    return x
+
+
+def leaves(blocks: list[Block]) -> list[Tensor]:
+    return [p for block in blocks for p in (*block.attention_parameters(), *block.feed_forward_parameters())]
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2], ids=["on_device", "offload", "offload_two_kept"])
+@pytest.mark.parametrize(("tokens", "tile"), [(7, 3), (7, 100), (1, 1), (8, 7)])
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "attention", "mlp"])
+def test_gradients_equal_those_with_everything_kept(
+    keep: int | None, tokens: int, tile: int, trained: tuple[bool, bool]
+) -> None:
+    offload = None if keep is None else ActivationOffload(torch.device("cpu"), keep)
+    blocks = [Block(seed, *trained) for seed in range(3)]
+    x = row(tokens)  # the first block's input needs no gradient, as embeddings do not
+    expected = x
+    for block in blocks:
+        expected = block(expected, 0.5)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves(blocks))
+    out = run(blocks, x, tile, offload)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(out.square().sum(), leaves(blocks))
+    torch.testing.assert_close(ours, gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_gradient_of_the_input() -> None:
+    block = Block()
+    assert torch.autograd.gradcheck(lambda x: checkpointed_block(block, x, (0.5,), 3), row().requires_grad_())
+    frozen = Block(0, False, False)
+    assert torch.autograd.gradcheck(lambda x: checkpointed_block(frozen, x, (0.5,), 3), row().requires_grad_())
+
+
+def test_the_mlp_is_computed_twice_in_all() -> None:
+    """Once forward and once for the gradients: what checkpointing costs anyway."""
+    block = Block()
+    out = checkpointed_block(block, row(), (0.5,), 3)
+    assert (block.attended, block.rows) == (1, [2, 2, 3])
+    out.sum().backward()
+    assert (block.attended, block.rows) == (2, [2, 2, 3] * 2)
+
+
+def test_without_a_graph_the_same_bits_and_nothing_kept() -> None:
+    offload, blocks = ActivationOffload(torch.device("cpu"), keep=1), [Block(0), Block(1)]
+    out = run(blocks, row(), 3, offload)
+    with torch.no_grad():
+        scored = run(blocks, row(), 3, offload)
+    assert not scored.requires_grad and torch.equal(scored, out.detach())
+    assert not run([Block(0, False, False)], row(), 3, offload).requires_grad
+
+
+def test_gradients_add_up_over_graphs_that_live_at_once() -> None:
+    offload, blocks = ActivationOffload(torch.device("cpu"), keep=1), [Block(0), Block(1), Block(2)]
+    rows = [row(5), row(7) + 1]
+    expected = [torch.autograd.grad(run(blocks, x, 3, None).sum(), leaves(blocks)) for x in rows]
+    outs = [run(blocks, x, 3, offload) for x in rows]
+    for out in outs:
+        out.sum().backward()
+    for index, leaf in enumerate(leaves(blocks)):
+        torch.testing.assert_close(leaf.grad, expected[0][index] + expected[1][index], rtol=1e-12, atol=1e-12)
+
+
+def test_a_graph_that_is_dropped_frees_everything() -> None:
+    """Without the garbage collector: a cycle would hold a micro-batch's inputs until it happens to run."""
+    offload, blocks = ActivationOffload(torch.device("cpu"), keep=2), [Block(0), Block(1), Block(2)]
+    gc.collect()
+    gc.disable()
+    try:
+        x = row()
+        inputs = offload.begin(x, 3)
+        gone = weakref.ref(inputs)
+        for index, block in enumerate(blocks):
+            x = checkpointed_block(block, x, (0.5,), 3, inputs, index)
+        del x, inputs
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert offload.host_bytes == row().nbytes
+
+
+def test_after_an_exception_the_next_pass_is_right() -> None:
+    offload, blocks = ActivationOffload(torch.device("cpu"), keep=1), [Block(0), Block(1), Block(2)]
+    expected = torch.autograd.grad(run(blocks, row(), 3, None).sum(), leaves(blocks))
+    for backward in (False, True):
+        out = run(blocks, row(), 3, offload) if backward else None
+        blocks[1].fail = True
+        with pytest.raises(ArithmeticError):
+            out.sum().backward() if out is not None else run(blocks, row(), 3, offload)
+        del out
+        blocks[1].fail = False
+    for leaf in leaves(blocks):
+        leaf.grad = None
+    gc.collect()  # tracebacks hold frames
+    ours = torch.autograd.grad(run(blocks, row(), 3, offload).sum(), leaves(blocks))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert offload.host_bytes == 2 * row().nbytes
+
+
+def test_a_second_walk_over_the_graph() -> None:
+    block, offload = Block(), ActivationOffload(torch.device("cpu"), keep=1)
+    out = checkpointed_block(block, row(), (0.5,), 3).sum()
+    first = torch.autograd.grad(out, leaves([block]), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(out, leaves([block])), first)
+    out = run([block, block], row(), 3, offload).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a graph can be walked once"):
+        out.backward()
+
+
+def test_parameters_that_change_before_the_backward_pass_are_noticed() -> None:
+    block = Block()
+    out = checkpointed_block(block, row(), (0.5,), 3)
+    block.mix.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="block 0: the adapter was switched on or off"):
+        out.sum().backward()
