@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attention_flex import BLOCK, flex_packed_attention
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-DENSE_FROM = 4096  # a sequence of so many tokens gets a call of its own
+DENSE_FROM = 1024  # a sequence of so many tokens gets a call of its own (benchmarks/attention.py, uneven_*)
 EQUAL_FROM = 512  # equal sequences of so many tokens are one batch
 DENSE_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,

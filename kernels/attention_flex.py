@@ -20,11 +20,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # FlexAttention's block of queries and of keys
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+COMPILED_KINDS = 64
 KEPT_MASKS = 8  # two of each row with windows in some layers; a mask of 128K tokens is 16 MiB
 
 
@@ -46,7 +48,9 @@ def flex_packed_attention(
         torch._dynamo.mark_static(x, 1)
         torch._dynamo.mark_static(x, 2)
     # Else sizes that happen to be equal in the first row (tokens and a stride, blocks and heads) are compiled as equal.
-    with fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    one_for_all = fx_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    # Each scale, dtype, number of heads, layout (padded or not) and mode (with gradients or not) is compiled apart.
+    with one_for_all, dynamo_config.patch(recompile_limit=COMPILED_KINDS):  # type: ignore[attr-defined]
         return _compiled(scale)(q, k, v, mask)[:tokens]
 
 

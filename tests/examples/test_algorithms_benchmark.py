@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.fixture
-def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def algorithms(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     spec = importlib.util.spec_from_file_location("benchmarks_algorithms", root / "benchmarks" / "algorithms.py")
     assert spec is not None and spec.loader is not None
@@ -49,26 +49,26 @@ class Workers:
 
 
 def test_finished_runs_are_kept_and_only_failed_ones_run_again(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers = Workers(benchmark, tmp_path / "work", {("gspo", 1)})
-    monkeypatch.setattr(benchmark.subprocess, "run", workers.run)
+    workers = Workers(algorithms, tmp_path / "work", {("gspo", 1)})
+    monkeypatch.setattr(algorithms.subprocess, "run", workers.run)
     arguments = ["algorithms.py", "--presets", "grpo", "gspo", "--seeds", "0", "1", "--jobs", "2", "--commit", "abc"]
     arguments += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", arguments)
 
-    assert benchmark.main() == 1
+    assert algorithms.main() == 1
     rows = json.loads((tmp_path / "results" / "algorithms.json").read_text())["rows"]
     figures = {row["figure"]: (row["value"], row["bar"], row["curve"]) for row in rows}
     assert list(figures) == ["algorithms.grpo.seed0", "algorithms.grpo.seed1", "algorithms.gspo.seed0"]
-    assert figures["algorithms.gspo.seed0"] == (0.9, benchmark.BAR, [[0, 0.4], [20, 0.9]])
+    assert figures["algorithms.gspo.seed0"] == (0.9, algorithms.BAR, [[0, 0.4], [20, 0.9]])
     assert (tmp_path / "results" / "algorithms.png").stat().st_size > 10_000
 
     workers.failing, workers.started = set(), []
-    assert benchmark.main() == 0
+    assert algorithms.main() == 0
     assert workers.started == [("gspo", 1)]
 
     workers.started = []
     monkeypatch.setattr("sys.argv", [*arguments, "--steps", "20"])  # another run, not the one that is finished
-    assert benchmark.main() == 0
+    assert algorithms.main() == 0
     assert len(workers.started) == 4

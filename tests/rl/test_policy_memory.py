@@ -161,7 +161,11 @@ def test_a_run_with_kernels_learns_as_one_without(tmp_path: Path, dtype: str, bo
         )  # fmt: skip
         rows = Dataset.from_dict({"prompt": ["12+34=", "5+6=", "70+8=", "99+1="]})
         trainer = GRPOTrainer(
-            model, lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids], args, rows, lora
+            model,
+            lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids],
+            args,
+            rows,
+            peft_config=lora,
         )
         trainer.train()
         curves[name] = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
