@@ -50,7 +50,7 @@ def flex_packed_attention(
     # Else sizes that happen to be equal in the first row (tokens and a stride, blocks and heads) are compiled as equal.
     one_for_all = fx_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     # Each scale, dtype, number of heads, layout (padded or not) and mode (with gradients or not) is compiled apart.
-    with one_for_all, dynamo_config.patch(recompile_limit=COMPILED_KINDS):  # type: ignore[attr-defined]
+    with one_for_all, dynamo_config.patch(recompile_limit=COMPILED_KINDS):
         return _compiled(scale)(q, k, v, mask)[:tokens]
 
 

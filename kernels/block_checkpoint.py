@@ -62,7 +62,7 @@ class _CheckpointedBlock(torch.autograd.Function):
         return forward_tiled(block, x, context, tile_tokens)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         block = ctx.block
         of_attention, of_mlp = block.attention_parameters(), block.feed_forward_parameters()

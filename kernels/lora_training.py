@@ -73,7 +73,7 @@ def lora_training(
     """
     operands = (x, weight, bias, slot_a, slot_b, master_a, master_b, scale, parts)
     if x.is_cuda and kernel_fits(x, weight, bias, slot_a, slot_b, parts):  # where there is a GPU there is Triton
-        return LoraTraining.apply(*operands)  # type: ignore[no-any-return, no-untyped-call]
+        return LoraTraining.apply(*operands)
     return lora_training_reference(*operands)
 
 
@@ -134,7 +134,7 @@ class LoraTraining(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, down, weight, slot_a, slot_b = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[index] for index in (0, 5, 6))

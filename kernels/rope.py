@@ -91,7 +91,7 @@ def rotate_qkv(
     _check(qkv, cos, sin, heads, kv_heads, norm)
     frozen = norm is None or not (norm.q_weight.requires_grad or norm.k_weight.requires_grad)
     if qkv.is_cuda and qkv.dtype in KERNEL_DTYPES and frozen:  # where there is a GPU there is Triton
-        return RotateQKV.apply(qkv, cos, sin, heads, kv_heads, norm)  # type: ignore[no-any-return]
+        return RotateQKV.apply(qkv, cos, sin, heads, kv_heads, norm)
     return rotate_qkv_reference(qkv, cos, sin, heads, kv_heads, norm)
 
 
@@ -130,7 +130,7 @@ class RotateQKV(torch.autograd.Function):
         return turned[:, :heads], turned[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         from .rope_triton import rotate_backward
 
