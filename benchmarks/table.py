@@ -29,7 +29,14 @@ def table(results: Path) -> str:
         origins.append(f"- `{content['script']}`: {measured}")
         for row in content["rows"]:
             bar = "" if row.get("bar") is None else f"{row['bar']:.4g}"
-            cells = [f"`{row['figure']}`", f"{row['value']:.4g}", row["unit"], bar, row.get("bar_is") or "", verdict(row)]
+            cells = [
+                f"`{row['figure']}`",
+                f"{row['value']:.4g}",
+                row["unit"],
+                bar,
+                row.get("bar_is") or "",
+                verdict(row),
+            ]
             lines.append(_line([*cells, f"`{Path(content['script']).name}`"]))
     if not lines:
         return "Nothing yet."
