@@ -7,7 +7,7 @@ all by keyword, returning one number or None per completion. Nothing in here dep
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -15,20 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .call_log import CallLog, shorten
+
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # Dataset columns that the contract already carries under another (or the same) name; TRL leaves them out too.
 CARRIED_COLUMNS = ("prompt", "completion", "completion_ids")
 SKIP_REMEDY = "Return a finite number, or None to skip the sample."
 LARGEST_REWARD = torch.finfo(torch.float32).max
-
-
-def shorten(value: Any, limit: int = 240) -> str:
-    """The repr of `value` in at most `limit` characters. Head and tail stay: an answer usually stands at the end."""
-    text = repr(value)
-    if len(text) <= limit:
-        return text
-    half = (limit - 5) // 2
-    return f"{text[:half]} ... {text[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,19 @@ class RewardBatch:
 
     def sample(self, index: int) -> "RewardBatch":
         """The batch that holds only sample `index`."""
-        columns = {name: [values[index]] for name, values in self.columns.items()}
-        ids = [self.completion_ids[index]]
-        return RewardBatch([self.prompts[index]], [self.completions[index]], ids, columns, self.trainer_state)
+        return self.part(range(index, index + 1))
 
-    def arguments(self, log: "CallLog") -> dict[str, Any]:
+    def part(self, indices: range) -> "RewardBatch":
+        """The batch that holds only the samples `indices`."""
+
+        def take(values: Sequence[Any]) -> list:
+            return [values[index] for index in indices]
+
+        columns = {name: take(values) for name, values in self.columns.items()}
+        parts = take(self.prompts), take(self.completions), take(self.completion_ids)
+        return RewardBatch(*parts, columns, self.trainer_state)
+
+    def arguments(self, log: CallLog) -> dict[str, Any]:
         """Every keyword argument of the contract for this batch."""
         # Lists of its own for each call: a function that sorts or pops in place disturbs no other one.
         columns = {name: list(values) for name, values in self.columns.items() if name not in CARRIED_COLUMNS}
@@ -77,34 +78,18 @@ class RewardBatch:
         }
 
 
-@dataclass
-class CallLog:
-    """What a reward function logged during one call; local to the call, so that a call can run anywhere."""
-
-    extra: dict[str, list] = field(default_factory=dict)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-
-    def log_extra(self, column: str, values: Iterable[Any]) -> None:
-        """Add `values` to a column of the completions table: one value per completion, in one call or bit by bit."""
-        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-            raise TypeError(
-                f"log_extra({column!r}, ...) needs a list with one value per completion, got {shorten(values)}"
-            )
-        self.extra.setdefault(column, []).extend(values)
-
-    def log_metric(self, name: str, value: float) -> None:
-        """Record a scalar. Several values of one name in a step are averaged."""
-        self.metrics.setdefault(name, []).append(float(value))
-
-
 @dataclass(frozen=True)
 class Problem:
-    """What was wrong with a call, for one sample or (`sample` None) for the whole of it."""
+    """What was wrong with a call, for one sample or (`sample` None) for the whole of it.
+
+    `kind` is "error", or how its worker process was lost: "timeout", "memory" or "died".
+    """
 
     reason: str
     remedy: str
     sample: int | None = None
     cause: BaseException | None = None
+    kind: str = "error"
 
 
 @dataclass

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 FORMS = "`package.module:function` or `path/to/file.py:function`"
+FILE_MODULE_PREFIX = "colora_reward_"
 
 
 def load_reward(spec: str) -> Callable:
@@ -45,6 +46,11 @@ def load_reward(spec: str) -> Callable:
     return function
 
 
+def load_reward_file(path: str) -> ModuleType:
+    """The module that `load_reward` makes of a file: a process that is not forked needs it to unpickle functions."""
+    return _load_file(path, Path(path))
+
+
 def _load_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         with_suffix = path.with_name(path.name + ".py")
@@ -56,7 +62,7 @@ def _load_file(spec: str, path: Path) -> ModuleType:
         )
     path = path.resolve()
     source = path.read_bytes()
-    name = f"colora_reward_{path.stem}_{hashlib.sha1(bytes(path) + source).hexdigest()[:12]}"
+    name = f"{FILE_MODULE_PREFIX}{path.stem}_{hashlib.sha1(bytes(path) + source).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     try:

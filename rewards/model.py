@@ -26,6 +26,8 @@ class RewardModel:
             tokenizer without any token to pad with.
     """
 
+    in_process = True  # on the GPU of the training, and too much to copy to worker processes
+
     def __init__(
         self,
         model: str | nn.Module,

@@ -9,6 +9,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from .text import extract_answer
+
 logger = logging.getLogger(__name__)
 
 TUPLE_TAG, PAIRS_TAG = "__tuple__", "__pairs__"
@@ -60,27 +62,6 @@ def reasoning_gym_reward(
             _score(_verifier(name, options), extract_answer(completion), json.loads(problem, object_hook=_untag))
         )
     return rewards
-
-
-def extract_answer(completion: Any) -> str:
-    """What stands after the last `<answer>` (up to `</answer>`, if closed) or `####`, whichever is later; else all.
-
-    `completion` is a text, or chat messages of which the last one's text is read.
-    """
-    text = completion if isinstance(completion, str) else _message_text(completion)
-    tag, marker = text.rfind("<answer>"), text.rfind("####")
-    if tag > marker:
-        text = text[tag + len("<answer>") :].partition("</answer>")[0]
-    elif marker >= 0:
-        text = text[marker + len("####") :]
-    return text.strip()
-
-
-def _message_text(messages: Sequence[dict]) -> str:
-    content = messages[-1].get("content") if messages else ""
-    if isinstance(content, str):
-        return content
-    return "".join(block.get("text", "") for block in content or [])
 
 
 def _score(verifier: Any, answer: str, entry: dict[str, Any]) -> float:

@@ -12,6 +12,8 @@ import torch
 
 from .calls import CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result, shorten, unique_names
 from .event_loop import EventLoopThread
+from .pool import PoolLimits
+from .pooled import PooledFunctions
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +28,15 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class RewardFailure:
-    """One sample (or, `sample` None, one whole call) that a function failed on while `on_error` is "none"."""
+    """One sample (or, `sample` None, one whole call) that a function failed on while `on_error` is "none".
+
+    Or a sample that a worker was lost on, whatever `on_error` is: its `kind` is "timeout", "memory" or "died".
+    """
 
     function: str
     sample: int | None
     reason: str
+    kind: str = "error"
 
 
 @dataclass
@@ -43,7 +49,7 @@ class RewardScores:
             functions log is kept twice, the later one as "function/column".
         metrics: from `log_metric`, the mean of all values logged under a name.
         seconds: wall-clock seconds by function, a second attempt after an exception included.
-        failures: what failed; empty unless `on_error` is "none".
+        failures: what failed; unless `on_error` is "none", only samples that a worker was lost on.
     """
 
     values: torch.Tensor
@@ -54,7 +60,10 @@ class RewardScores:
 
 
 class RewardRunner:
-    """Runs reward functions in this process: sync ones one after the other, then all async ones concurrently.
+    """Runs reward functions: sync ones one after the other, then all async ones concurrently in this process.
+
+    With `workers`, sync functions run in worker processes where they can (see `PooledFunctions`). A sample on which a
+    worker hangs, dies or takes too much memory, twice, is scored NaN with a `RewardFailure`, whatever `on_error` is.
 
     A function that raises on the batch is called again with one sample at a time to find the culprit, so reward
     functions should be free of side effects. `KeyboardInterrupt` and `SystemExit` pass through.
@@ -64,6 +73,8 @@ class RewardRunner:
         weights: one finite number per function; 1.0 each by default. Only kept here: aggregation is the trainer's.
         on_error: "stop" raises `RewardError`; "none" gives the failing samples NaN, records a `RewardFailure` and
             logs a warning. A whole-batch failure (such as a wrong length) makes all samples NaN for that function.
+        workers: limits of the worker processes; None runs everything in this process, without limits.
+        failure_share: the run stops when a function in workers fails on more than this share of a batch, from 0 to 1.
 
     Raises:
         ValueError, TypeError: no functions, weights that do not fit them, or something that is not a reward function.
@@ -74,6 +85,8 @@ class RewardRunner:
         reward_funcs: Sequence[Callable],
         weights: Sequence[float] | None = None,
         on_error: Literal["stop", "none"] = "stop",
+        workers: PoolLimits | None = None,
+        failure_share: float = 0.5,
     ):
         if not reward_funcs:
             raise ValueError("no reward functions given: `reward_funcs` needs at least one")
@@ -89,6 +102,10 @@ class RewardRunner:
             raise ValueError(f"reward weights must be finite numbers, got {self.weights}")
         self.on_error = on_error
         self._functions = [RewardFunction(func, name) for func, name in zip(reward_funcs, self.names, strict=True)]
+        if not 0 <= failure_share <= 1:
+            raise ValueError(f"failure_share={failure_share!r} must be a share of the samples, from 0 to 1")
+        self._failure_share = failure_share
+        self._pooled = PooledFunctions(self._functions, workers) if workers is not None else None
         self._loop: EventLoopThread | None = None
         self._warned_all_none = False
 
@@ -128,7 +145,12 @@ class RewardRunner:
             return scores
         outcomes: dict[str, CallOutcome] = {}
         for function in (function for function in self._functions if not function.is_async):
-            outcomes[function.name] = self._settle(function, batch, self._run_calls([(function, batch)])[0], step)
+            if self._pooled is not None and function.name in self._pooled:
+                first = self._pooled.call(function, batch)
+                self._check_share(function.name, first, batch, step)
+            else:
+                first = self._run_calls([(function, batch)])[0]
+            outcomes[function.name] = self._settle(function, batch, first, step)
         concurrent = [function for function in self._functions if function.is_async]
         for function, first in zip(concurrent, self._run_calls([(f, batch) for f in concurrent]), strict=True):
             outcomes[function.name] = self._settle(function, batch, first, step)
@@ -137,13 +159,15 @@ class RewardRunner:
         return scores
 
     def close(self) -> None:
-        """Stop the thread of the async functions, if there is one. Scoring again starts a new one."""
+        """End the worker processes and the thread of the async functions. Scoring again starts new ones."""
+        if self._pooled is not None:
+            self._pooled.close()
         if self._loop is not None:
             self._loop.close()
             self._loop = None
 
     def _run_calls(self, calls: list[tuple[RewardFunction, RewardBatch]]) -> list[CallOutcome]:
-        """The outcome of each call, in order; every call of the runner goes through here."""
+        """The outcome of each call, in order; every call in this process goes through here."""
         outcomes = {index: _call(*call) for index, call in enumerate(calls) if not call[0].is_async}
         waiting = {index: call for index, call in enumerate(calls) if call[0].is_async}
         if waiting:
@@ -158,11 +182,22 @@ class RewardRunner:
     def _settle(self, function: RewardFunction, batch: RewardBatch, first: CallOutcome, step: int) -> CallOutcome:
         """The final outcome of a function on a batch, after looking for the culprit if it raised."""
         outcome = first if first.raised is None else self._find_culprits(function, batch, first, step)
-        if outcome.problems and self.on_error == "stop":
-            problem = outcome.problems[0]
+        problem = next((problem for problem in outcome.problems if problem.kind == "error"), None)
+        if problem is not None and self.on_error == "stop":
             message = _describe(function.name, step, problem, batch)
             raise RewardError(message, function.name, step, problem.sample) from problem.cause
         return outcome
+
+    def _check_share(self, name: str, outcome: CallOutcome, batch: RewardBatch, step: int) -> None:
+        failed = {problem.sample for problem in outcome.problems}
+        if len(failed) <= self._failure_share * len(batch):
+            return
+        problem = outcome.problems[0]
+        message = (
+            f"{_describe(name, step, problem, batch)}\n  It failed on {len(failed)} of {len(batch)} samples, more than "
+            f"the share of {self._failure_share:g} that may fail (reward_failure_share)."
+        )
+        raise RewardError(message, name, step, problem.sample) from problem.cause
 
     def _find_culprits(
         self, function: RewardFunction, batch: RewardBatch, first: CallOutcome, step: int
@@ -205,7 +240,7 @@ class RewardRunner:
             rewards = [math.nan if value is None else value for value in outcome.values]
             scores.values[:, column] = torch.tensor(rewards, dtype=torch.float32)
             scores.seconds[name] = outcome.seconds
-            scores.failures += [RewardFailure(name, p.sample, p.reason) for p in outcome.problems]
+            scores.failures += [RewardFailure(name, p.sample, p.reason, p.kind) for p in outcome.problems]
             for key, values in outcome.extra.items():
                 scores.extra[f"{name}/{key}" if key in scores.extra else key] = values
             for key, numbers in outcome.metrics.items():

@@ -206,6 +206,25 @@ class GRPOConfig(trl.GRPOConfig):
         default="stop",
         metadata={"help": "When a reward function fails: `stop` the run, or score that sample `none` and go on."},
     )
+    reward_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Worker processes that reward functions run in, so that one that hangs or crashes is killed and "
+            "costs only its sample. 0: they run in the process of the training, without limits."
+        },
+    )
+    reward_timeout: float = field(
+        default=60.0,
+        metadata={"help": "Seconds that a call of a reward function in a worker may take before it is killed."},
+    )
+    reward_memory_gib: float = field(
+        default=4.0,
+        metadata={"help": "GiB of memory that a reward worker may use, its imports included, before it is killed."},
+    )
+    reward_failure_share: float = field(
+        default=0.5,
+        metadata={"help": "Stop when a reward function in workers fails on more than this share of the completions."},
+    )
     parity_limit: float | None = field(
         default=None,
         metadata={

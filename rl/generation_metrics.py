@@ -59,7 +59,10 @@ def note_rewards(metrics: Metrics, records: Sequence[RolloutRecord], scores: Seq
     totals = torch.tensor([math.nan if record.reward is None else record.reward for record in records])
     metrics.add("reward", torch.nanmean(totals).item())
     metrics.add("reward_std", nanstd(totals).item())
-    metrics.add("rewards/failures", sum(len(part.failures) for part in scores))
+    failures = [failure for part in scores for failure in part.failures]
+    metrics.add("rewards/failures", len(failures))
+    for kind in sorted({failure.kind for failure in failures}):
+        metrics.add(f"rewards/failures/{kind}", sum(failure.kind == kind for failure in failures))
     for name in dict.fromkeys(name for part in scores for name in part.metrics):
         parts = [(part.metrics[name], len(part.values)) for part in scores if name in part.metrics]
         metrics.add(name, sum(value * count for value, count in parts) / sum(count for _, count in parts))

@@ -77,6 +77,10 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("overlong_buffer", True, 0, True),
     ("overlong_penalty", False, 0, True),
     ("parity_limit", False, 0, False),
+    ("reward_workers", True, 0, True),
+    ("reward_timeout", False, 0, False),
+    ("reward_memory_gib", False, 0, False),
+    ("reward_failure_share", False, 0, True),
 )
 
 _WHY = {
@@ -104,6 +108,10 @@ def check_numbers(config: Any) -> None:
     if config.top_entropy_quantile > 1:
         raise ValueError(
             f"top_entropy_quantile={config.top_entropy_quantile!r} must be a share of the tokens, from 0 to 1 (all)"
+        )
+    if config.reward_failure_share > 1:
+        raise ValueError(
+            f"reward_failure_share={config.reward_failure_share!r} is no share of the completions: from 0 to 1 (all)"
         )
     weights = config.reward_weights
     if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):

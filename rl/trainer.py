@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..rewards.model import RewardModel
+from ..rewards.pool import PoolLimits
 from ..rewards.runner import RewardRunner
 from ..rollout.records import RolloutRecord, read_records, rollout_path, write_records
 from ..weightshare.guard import ParityError
@@ -83,7 +84,13 @@ class GRPOTrainer(Trainer):
     ):
         args = args or GRPOConfig(f"{Path(setup.model_name(model)).name}-GRPO")
         rewards = RewardRunner(
-            _reward_functions(reward_funcs, reward_processing_classes), args.reward_weights, args.reward_errors
+            _reward_functions(reward_funcs, reward_processing_classes),
+            args.reward_weights,
+            args.reward_errors,
+            PoolLimits(args.reward_workers, args.reward_timeout, args.reward_memory_gib)
+            if args.reward_workers
+            else None,
+            args.reward_failure_share,
         )
         setup.check_model(model, peft_config)
         tokenizer = processing_class or setup.load_tokenizer(model)

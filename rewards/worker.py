@@ -1,0 +1,152 @@
+"""The loop of a worker process: gets a reward function and a batch, calls it on its main thread, sends the answer back.
+
+Starts without torch: what it costs to replace a worker is the start of Python plus the imports of the function.
+"""
+
+import faulthandler
+import os
+import pickle
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import IO, Any
+
+from .call_log import CallLog
+from .loading import load_reward_file
+
+STARTED = b""  # sent when a function is loaded and its first call begins: importing it does not count as calling it
+
+
+class StateView:
+    """The plain values of a `trainer_state`, read-only; one that was left out is an `AttributeError` that says so."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"trainer_state is a read-only copy in a reward worker: {name!r} cannot be set")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has no plain value {name!r} in a reward worker")
+
+
+@dataclass(frozen=True)
+class FunctionReference:
+    """How a worker gets a function: `pickled`, after loading `file` where its module comes from `load_reward`."""
+
+    pickled: bytes
+    file: str | None = None
+
+    def load(self) -> Callable:
+        if self.file is not None:
+            load_reward_file(self.file)
+        return pickle.loads(self.pickled)
+
+
+@dataclass
+class Answer:
+    """What came of a call: what the function returned and logged, or the exception that it raised.
+
+    `lost` is set by the pool instead, to "timeout", "memory" or "died", where the worker did not survive the call.
+    """
+
+    returned: Any = None
+    extra: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    raised: BaseException | None = None
+    lost: str | None = None
+    seconds: float = 0.0
+
+
+def serve(descriptor: int, memory_bytes: int) -> None:
+    """Answer calls on the connection `descriptor` until its other end is closed."""
+    connection = Connection(descriptor)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.enable(all_threads=False)  # a crash leaves its stack in the log
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # asked for before a worker that hangs is killed
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    functions: dict[int, Callable] = {}
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return
+        connection.send_bytes(_answer(message, functions, connection))
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that a function left behind would end the next call
+
+
+def _answer(message: bytes, functions: dict[int, Callable], connection: Connection) -> bytes:
+    log, start = CallLog(), time.perf_counter()
+    try:
+        number, reference, logs, arguments = pickle.loads(message)
+        if number not in functions:
+            functions[number] = reference.load()
+            start = time.perf_counter()
+        connection.send_bytes(STARTED)
+        arguments |= {name: getattr(log, name) for name in logs}
+        answer = Answer(functions[number](**arguments), log.extra, log.metrics)
+    except Exception as error:  # whatever a user's function raises is reported by name and sample
+        answer = Answer(raised=_portable(error))
+    answer.seconds = time.perf_counter() - start
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:  # a result that cannot be sent, such as a generator: any __reduce__ may raise anything
+        kind = type(answer.returned).__name__
+        message_text = f"what it returned ({kind}) or logged cannot be sent from its worker process: {error}"
+        return pickle.dumps(Answer(raised=TypeError(message_text), seconds=answer.seconds))
+
+
+def _portable(error: Exception) -> Exception:
+    """`error` with its traceback as a note, since that does not survive pickling; another one where it cannot be."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception class with a constructor of its own
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"In the reward worker:\n{text}")
+    return error
+
+
+def _end_with_parent(parent: int) -> None:
+    """A hanging worker does not see that the other end of its connection is closed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pack_call(number: int, reference: FunctionReference, logs: list[str], arguments: dict[str, Any]) -> bytes:
+    """A call as it travels: the function's number and reference, which of log_extra, log_metric it takes, the rest.
+
+    Raises what pickling an argument raises.
+    """
+    return pickle.dumps((number, reference, logs, arguments))
+
+
+def unpack_answer(message: bytes) -> Answer:
+    """The answer of a worker, or one with what was raised by unpickling it."""
+    try:
+        return pickle.loads(message)
+    except Exception as error:  # a class of the user's that is not found here, for instance
+        return Answer(raised=TypeError(f"what its worker process sent cannot be read: {type(error).__name__}: {error}"))
+
+
+def command(descriptor: int, memory_bytes: int) -> list[str]:
+    """The command that starts a worker with this process's import path.
+
+    Not multiprocessing's spawn: that would import the training script again, torch and all.
+    """
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({descriptor}, {memory_bytes})"
+    return [sys.executable, "-c", code]
+
+
+def read_tail(log: IO[bytes], limit: int = 2000) -> str:
+    """The last `limit` bytes of an open binary file, as text."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), limit, max(0, size - limit)).decode(errors="replace").strip()

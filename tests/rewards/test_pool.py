@@ -1,0 +1,244 @@
+"""Reward functions in worker processes: what hangs, dies or swells costs its own sample and nothing else."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from colora.rewards.loading import load_reward
+from colora.rewards.pool import PoolLimits
+from colora.rewards.runner import RewardError, RewardRunner
+
+LIMITS = PoolLimits(workers=2, timeout=1.5, memory_gib=0.125)
+
+VERIFIERS = """
+import ctypes, functools, os, signal, subprocess, sys, time
+
+def verify(completions, **kwargs):
+    return [_verify(completion) for completion in completions]
+
+def _verify(text):
+    if text == "hang":
+        while True: pass
+    if text == "child":
+        child = subprocess.Popen(["sleep", "300"]); open(CHILD, "w").write(str(child.pid)); child.wait()
+    if text == "exit":
+        os._exit(3)
+    if text == "segfault":
+        ctypes.string_at(0)
+    if text == "swell":
+        kept = []
+        while True: kept.append(bytearray(b"x" * (1 << 22)))
+    if text == "huge":
+        return len(bytearray(1 << 36))
+    if text == "print":
+        print("spam " * 400_000); sys.stderr.write("spam " * 400_000)
+    if text == "raise":
+        raise OSError(2, "no such proof")
+    return float(len(text))
+
+def alarmed(completions, **kwargs):
+    class TimeUp(Exception): pass
+    def stop(*_): raise TimeUp
+    signal.signal(signal.SIGALRM, stop)
+    scores = []
+    for completion in completions:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            time.sleep(60 if completion == "slow" else 0)
+            scores.append(1.0)
+        except TimeUp:
+            scores.append(0.0)
+    signal.alarm(1)  # left behind
+    return scores
+
+def logs(completions, trainer_state, log_extra, log_metric, answer):
+    log_extra("pid", [os.getpid()] * len(completions))
+    log_metric("size", len(completions))
+    try:
+        trainer_state.global_step = 0
+    except AttributeError:
+        return [trainer_state.global_step + given for given in answer]
+
+def groups(completions, **kwargs):
+    return [len(completions)] * len(completions)
+
+def generator(completions, **kwargs):
+    return (1.0 for _ in completions)
+
+def torch_loaded(completions, **kwargs):
+    return [float("torch" in sys.modules)] * len(completions)
+
+scaled = functools.partial(verify, scale=2)
+"""
+
+
+@pytest.fixture
+def verifiers(tmp_path):
+    file = tmp_path / "verifiers.py"
+    file.write_text(VERIFIERS.replace("CHILD", repr(str(tmp_path / "child"))))
+    return lambda name: load_reward(f"{file}:{name}")
+
+
+@pytest.fixture
+def make():
+    runners = []
+
+    def runner(function, **options):
+        runners.append(RewardRunner([function], workers=options.pop("limits", LIMITS), **options))
+        return runners[-1]
+
+    yield runner
+    for each in runners:
+        each.close()
+
+
+def score(runner, completions, prompts=None, state=None, **columns):
+    prompts = prompts or [f"question {index}" for index in range(len(completions))]
+    return runner.score(prompts, completions, [[1]] * len(completions), columns, trainer_state=state, step=7)
+
+
+def children():
+    """This process's children, zombies included."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+
+
+def test_bad_samples_cost_only_themselves(make, verifiers):
+    before = children()
+    runner = make(verifiers("verify"))
+    completions = ["x" * (index % 5) for index in range(240)]
+    bad = {10: "hang", 60: "exit", 61: "segfault", 100: "swell", 101: "huge", 150: "print"}
+    for index, text in bad.items():
+        completions[index] = text
+    resident = []
+    for _ in range(3):
+        scores = score(runner, completions)
+        expected = [float(len(text)) for text in completions]
+        lost = {failure.sample: failure for failure in scores.failures}
+        assert set(lost) == {10, 60, 61, 100, 101}
+        assert scores.values[:, 0].isnan().nonzero().flatten().tolist() == sorted(lost)
+        assert all(
+            value == right
+            for value, right in zip(scores.values[:, 0].tolist(), expected, strict=True)
+            if value == value
+        )
+        kinds = Counter(failure.kind for failure in scores.failures)
+        assert kinds == {"timeout": 1, "died": 2, "memory": 2}
+        assert "did not return within 1.5 s" in lost[10].reason and "in _verify" in lost[10].reason
+        assert "ended with exit status 3" in lost[60].reason and "SIGSEGV" in lost[61].reason
+        assert "over 0.125 GiB" in lost[100].reason and "MemoryError" in lost[101].reason
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert (resident[-1] - resident[0]) * os.sysconf("SC_PAGE_SIZE") < 8 << 20
+    runner.close()
+    assert children() == before
+
+
+def test_processes_of_a_lost_worker_end_with_it(make, verifiers, tmp_path):
+    score(make(verifiers("verify"), failure_share=1), ["child"])
+    stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    deadline = time.monotonic() + 5
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"  # a zombie is its new parent's to wait for
+
+
+def test_alarms_work(make, verifiers):
+    runner = make(verifiers("alarmed"), limits=PoolLimits(1, timeout=20))
+    assert score(runner, ["", "slow", ""]).values[:, 0].tolist() == [1, 0, 1]
+    time.sleep(1.2)  # the alarm that was left behind would have ended the worker
+    scores = score(runner, ["", "slow"])
+    assert scores.values[:, 0].tolist() == [1, 0] and not scores.failures
+
+
+def test_logs_state_and_columns_cross(make, verifiers):
+    state = SimpleNamespace(global_step=5, log_history=[{}] * 1000)
+    scores = score(make(verifiers("logs")), ["a"] * 9, state=state, answer=list(range(9)))
+    assert scores.values[:, 0].tolist() == [5.0 + index for index in range(9)]
+    assert os.getpid() not in scores.extra["pid"] and len(scores.extra["pid"]) == 9
+    assert scores.metrics == {"size": 3.0}  # calls of 4, 4 and 1
+
+
+def test_groups_stay_whole_and_partials_load(make, verifiers):
+    prompts = ["p"] * 6 + ["q"] * 3 + ["r"] * 5
+    sizes = score(make(verifiers("groups")), ["a"] * 14, prompts).values[:, 0].tolist()
+    assert sizes == [6.0] * 6 + [8.0] * 8
+    assert score(make(verifiers("scaled")), ["abc"]).values.item() == 3
+
+
+def test_exceptions(make, verifiers):
+    completions = ["a", "raise", "abc", "a", "a", "a"]
+    with pytest.raises(RewardError, match="sample 1: it raised FileNotFoundError") as caught:
+        score(make(verifiers("verify")), completions)
+    assert "in _verify" in "".join(caught.value.__cause__.__notes__)
+    scores = score(make(verifiers("verify"), on_error="none"), completions)
+    assert [failure.sample for failure in scores.failures] == [1] and scores.values[2] == 3
+    with pytest.raises(RewardError, match=r"(?s)cannot be sent.*generator"):
+        score(make(verifiers("generator")), completions)
+
+
+def test_too_many_failures_stop(make, verifiers):
+    runner = make(verifiers("verify"), failure_share=0.25)
+    assert len(score(runner, ["exit", "a", "a", "a"]).failures) == 1
+    with pytest.raises(RewardError, match=r"(?s)exit status 3.*2 of 4 samples.*0\.25"):
+        score(runner, ["exit", "a", "a", "exit"])
+    with pytest.raises(ValueError, match="failure_share=2"):
+        make(verifiers("verify"), failure_share=2)
+    with pytest.raises(ValueError, match="positive limits"):
+        PoolLimits(workers=1, timeout=0)
+
+
+class Holder:
+    def __init__(self, held):
+        self.held = held
+
+    def __call__(self, completions, **kwargs):
+        return [float(os.getpid())] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "held, reason", [(torch.nn.Linear(1, 1), "holds a Linear"), (threading.Lock(), "pickle '_thread.lock'")]
+)
+def test_what_cannot_travel_runs_here(make, caplog, held, reason):
+    scores = score(make(Holder(held)), ["a"])
+    assert scores.values.item() == float(torch.tensor(float(os.getpid())))
+    (record,) = caplog.records
+    assert "runs in this process" in record.getMessage() and reason in record.getMessage()
+
+
+def test_lambdas_run_here(make):
+    here = lambda completions, **_: [float(threading.current_thread() is threading.main_thread())]  # noqa: E731
+    assert score(make(here), ["a"]).values.item() == 1
+
+
+def test_workers_start_without_torch(make, verifiers):
+    assert score(make(verifiers("torch_loaded")), ["a"]).values.item() == 0
+
+
+def test_workers_end_with_a_killed_parent(verifiers, tmp_path):
+    script = (
+        "from colora.rewards.loading import load_reward; from colora.rewards.pool import WorkerPool, PoolLimits\n"
+        "from colora.rewards.pooled import _reference; from colora.rewards.worker import pack_call\n"
+        f"reference = _reference(load_reward({str(tmp_path / 'verifiers.py')!r} + ':verify'))\n"
+        "WorkerPool(PoolLimits(1)).run([pack_call(0, reference, [], {'completions': ['child']})])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
+        child = tmp_path / "child"
+        deadline = time.monotonic() + 60
+        while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        worker = int(Path(f"/proc/{child.read_text()}/stat").read_text().split()[3])
+        parent.kill()
+    deadline = time.monotonic() + 10
+    stat = Path(f"/proc/{worker}/stat")
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    os.kill(int(child.read_text()), 9)
