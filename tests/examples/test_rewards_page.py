@@ -43,7 +43,7 @@ def test_the_page_from_its_top_to_a_trained_model(page: str, tmp_path: Path, cha
 
 def test_the_ready_ones_exist_under_their_names(page: str) -> None:
     names = re.findall(r"^\| `(\w+:\w+)` \|", page, re.MULTILINE)
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
         assert callable(load_reward(f"colora.rewards.{name}"))
     (run,) = blocks(page, "yaml")
