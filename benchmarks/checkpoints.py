@@ -16,17 +16,18 @@ SHAPES = {
 ALL = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 
 
+def model_config(shape: str) -> Qwen3Config:
+    """Qwen3 of `shape`, for up to 128K tokens."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return Qwen3Config(**ALL, **SHAPES[shape], max_position_embeddings=131072, rope_parameters=rope)
+
+
 def write_checkpoint(shape: str, directory: Path, device: str = "cuda") -> Path:
     """Write a Qwen3 of `shape` with random bf16 weights, one shard a layer, and a character tokenizer."""
     if (directory / "complete").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    config = Qwen3Config(
-        **ALL,
-        **SHAPES[shape],
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
+    config = model_config(shape)
     config.architectures, config.dtype = ["Qwen3ForCausalLM"], torch.bfloat16
     config.save_pretrained(directory)
     with torch.device("meta"):

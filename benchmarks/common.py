@@ -5,9 +5,10 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -103,6 +104,17 @@ def commit() -> str:
     """The commit that is measured, or empty where the tree is not a git checkout."""
     result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return result.stdout.strip()
+
+
+def run_apart(label: str, script: str, *options: str, environment: Mapping[str, str] | None = None) -> Any:
+    """Run a benchmark's script in a process of its own, which frees the card; what the JSON in its last line says."""
+    command = [sys.executable, script, *options]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | dict(environment or {}), check=True
+    )
+    last = result.stdout.splitlines()[-1]
+    print(f"{label:13} {last}", flush=True)
+    return json.loads(last)
 
 
 def best_of(run: Any, repeats: int) -> tuple[float, float]:

@@ -6,14 +6,11 @@ Tokens/s are of the 256 tokens after the first 16, for 8, 32 and 128 sequences o
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-from common import GIB, Report, parser
+from common import GIB, Report, parser, run_apart
 from peft import LoraConfig
 
 BATCHES = {8: 0.90, 32: 0.90, 128: 0.95}  # sequences -> least share of the speed without adapter
@@ -88,19 +85,10 @@ VARIANTS = {
 
 
 def in_a_process(variant: str, arguments: argparse.Namespace) -> dict[int, list[float]]:
-    command = [
-        sys.executable,
-        __file__,
-        str(arguments.checkpoint),
-        "--variant",
-        variant,
-        "--repeats",
-        str(arguments.repeats),
-    ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    print(f"{variant:10} tokens/s {result.stdout.splitlines()[-1]}", flush=True)
-    return {int(count): speeds for count, speeds in json.loads(result.stdout.splitlines()[-1]).items()}
+    options = [str(arguments.checkpoint), "--variant", variant, "--repeats", str(arguments.repeats)]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    speeds = run_apart(variant, __file__, *options, environment=environment)
+    return {int(count): measured for count, measured in speeds.items()}
 
 
 def main() -> None:

@@ -7,16 +7,13 @@ that hardly a completion ends early. Each side runs in a process of its own:
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from common import Report, parser, peak_memory
+from common import Report, parser, peak_memory, run_apart
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -96,7 +93,6 @@ def train_trl(checkpoint: Path, clock: Clock, rows_per_microbatch: int) -> dict:
 
 
 def in_a_process(side: str, arguments: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, str(arguments.checkpoint), "--side", side]
     one_process = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29511",
@@ -105,10 +101,8 @@ def in_a_process(side: str, arguments: argparse.Namespace) -> dict:
         "LOCAL_RANK": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
-    environment = os.environ | ({} if side == "ours" else one_process)
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    print(f"{side:5} {result.stdout.splitlines()[-1]}", flush=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    environment = {} if side == "ours" else one_process
+    return run_apart(side, __file__, str(arguments.checkpoint), "--side", side, environment=environment)
 
 
 def main() -> None:

@@ -8,15 +8,13 @@ a token and the causal half of attention, forward and twice that backward. Recom
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from checkpoints import ALL, SHAPES
-from common import Report, best_of, parser, peak_memory
+from checkpoints import SHAPES, model_config
+from common import Report, best_of, parser, peak_memory, run_apart
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -24,11 +22,6 @@ LENGTHS = {"8k": 8192, "32k": 32768, "64k": 65536}
 SIDES = ("ours", "transformers", "liger")
 LORA = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BAR = 0.5
-
-
-def model_config(shape: str) -> Qwen3Config:
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    return Qwen3Config(**ALL, **SHAPES[shape], max_position_embeddings=131072, rope_parameters=rope)
 
 
 def flops(config: Qwen3Config, tokens: int) -> float:
@@ -106,11 +99,8 @@ def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str
 
 
 def in_a_process(side: str, arguments: argparse.Namespace) -> dict[str, dict[str, float] | None]:
-    command = [sys.executable, __file__, "--side", side, "--shape", arguments.shape]
-    command += ["--repeats", str(arguments.repeats), "--lengths", *arguments.lengths]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    print(f"{side:13} {result.stdout.splitlines()[-1]}", flush=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    options = ["--shape", arguments.shape, "--repeats", str(arguments.repeats), "--lengths", *arguments.lengths]
+    return run_apart(side, __file__, "--side", side, *options)
 
 
 def main() -> None:
