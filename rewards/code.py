@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from .sandbox import LAYERS, Limits, Result, run_python
+from .text import completion_text
 
 _PYTHON = ("", "python", "python3", "py")
 
@@ -97,7 +98,7 @@ class CodeReward:
             self._tests(value, f"column {self.tests_column!r}, sample {index}")
             for index, value in enumerate(columns[self.tests_column])
         ]
-        programs = [extract_code(_text(completion)) for completion in completions]
+        programs = [extract_code(completion_text(completion)) for completion in completions]
         endings: Counter[str | None] = Counter()
         with ThreadPoolExecutor(self.concurrency) as pool:
             scored = list(pool.map(self._score, programs, tests))
@@ -170,8 +171,3 @@ def _succeeded(result: Result) -> bool:
 def _lines(text: str) -> list[str]:
     """Lines without trailing spaces and without blank ones at the end, as judges of programming contests compare."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def _text(completion: Any) -> str:
-    """A completion is a text, or chat messages of which the last one counts."""
-    return completion if isinstance(completion, str) else (completion[-1]["content"] or "")

@@ -7,6 +7,11 @@ from typing import Any, Literal
 from .text import Completion, completion_text
 
 
+def linear_penalty(length: int, free: int, limit: int) -> float:
+    """0 up to `free`, falling linearly to -1 at `limit` and beyond (DAPO, arXiv 2503.14476, equation 13)."""
+    return -min(max(length - free, 0) / (limit - free), 1.0)
+
+
 @dataclass(frozen=True)
 class LengthPenalty:
     """0 for completions up to `free` long, falling linearly to -1 at `limit` and beyond.
@@ -39,5 +44,4 @@ class LengthPenalty:
             lengths = [len(ids) for ids in completion_ids]
         else:
             lengths = [len(completion_text(completion)) for completion in completions]
-        span = self.limit - self.free
-        return [-min(max(length - self.free, 0) / span, 1.0) for length in lengths]
+        return [linear_penalty(length, self.free, self.limit) for length in lengths]

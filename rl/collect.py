@@ -49,11 +49,10 @@ class Collected:
 
 @dataclass
 class _Round:
-    """What one call of the engine and the reward functions gave: a group's records consecutive, a signal each group."""
+    """What one call of the engine and the reward functions gave: a group's records consecutive."""
 
     records: list[RolloutRecord]
     scores: RewardScores
-    signal: list[bool]
     rollout_seconds: float
     reward_seconds: float
 
@@ -120,7 +119,7 @@ class Collector:
         records = list(rounds[0].records)
         if spare is not None:
             scheduled = [index for index, _ in rows]
-            signal = list(rounds[0].signal)
+            signal = self.signal(records, num_generations)
             while sum(signal) < len(rows) and len(rounds) < self.config.dynamic_sampling_max_rounds:
                 # Exactly the missing groups are asked for. A small round keeps the engine less busy than a whole batch
                 # would, but each of its tokens is used where it has a signal: a surplus would be thrown away, or make
@@ -129,7 +128,7 @@ class Collector:
                 asked = spare.rows(step, scheduled, len(signal) - len(rows), missing)
                 rounds.append(self._round(asked, len(signal), step, num_generations, state))
                 records += rounds[-1].records
-                signal += rounds[-1].signal
+                signal += self.signal(rounds[-1].records, num_generations)
             _choose(records, signal, len(rows))
             note_rounds(metrics, signal, len(rows), len(rounds), step)
         note_lengths(metrics, [record.trajectory for record in records])
@@ -180,7 +179,7 @@ class Collector:
         rated = record_advantages(records, self.weights, num_generations, self.config)
         for record, reward in zip(records, rated.rewards.tolist(), strict=True):
             record.reward = _none_if_nan(reward)
-        return _Round(records, scores, self.signal(records, num_generations), rollout_seconds, reward_seconds)
+        return _Round(records, scores, rollout_seconds, reward_seconds)
 
     def signal(self, records: Sequence[RolloutRecord], num_generations: int) -> list[bool]:
         """For each group of a round whether it has something to learn from, by the rewards in the records."""

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from .option_values import VLLM_TEMPERATURES, is_default
+from ..rollout.vllm_options import TEMPERATURES
+from .option_values import is_default
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def refusals(config: Any) -> Iterator[str]:
     yield from _advantage_refusals(config)
     yield from _reward_refusals(config)
     yield from _ratio_refusals(config)
-    low, high = VLLM_TEMPERATURES
+    low, high = TEMPERATURES
     if config.engine == "vllm" and not low <= config.temperature <= high:
         yield (
             f"temperature={config.temperature:g} with engine='vllm': vLLM samples from {low:g} to {high:g}; "

@@ -9,7 +9,6 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .options import ALSO_ACCEPTED
 
-VLLM_TEMPERATURES = (0.01, 2.0)  # what vLLM samples at: `rollout.vllm_engine` has them too, and imports vLLM
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHOICES: dict[str, tuple[str, ...]] = {

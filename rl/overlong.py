@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from ..rewards.length import linear_penalty
 from ..rollout.trajectory import Trajectory
 
 OVERLONG = "overlong"  # its name among the rewards of records and metrics
@@ -15,7 +16,7 @@ def overlong_reward(sampled_tokens: int, max_tokens: int, buffer: int) -> float:
         max_tokens: the limit on a completion's tokens; more give -1 as well.
         buffer: length of the fall in tokens, above 0.
     """
-    return -min(max(sampled_tokens - (max_tokens - buffer), 0) / buffer, 1.0)
+    return linear_penalty(sampled_tokens, max_tokens - buffer, max_tokens)
 
 
 def with_overlong(

@@ -43,11 +43,8 @@ def replay(
     Raises:
         ValueError: there is no such run or step, or what it would start from is missing.
     """
+    _check_step(trainer, step)
     directory, updates = trainer.output_dir, trainer.args.updates_per_generation
-    if not (directory / checkpoint.ROLLOUTS).is_dir():
-        raise ValueError(f"there is no run in {directory}: it has no {checkpoint.ROLLOUTS}/")
-    if not 1 <= step <= trainer.total_steps():
-        raise ValueError(f"step {step}: the run in {directory} has steps 1 to {trainer.total_steps()}")
     first = _first_of_generation(step, updates)
     checks = Checks(trainer, _read_records(directory, first), first, tolerance)
     start, findings = _find_start(directory, first if generate else step)
@@ -79,6 +76,15 @@ def replay(
     findings += checks.log(again.log.get(step), figures)
     findings += checks.adapter(directory / f"{checkpoint.PREFIX}{step}")
     return findings
+
+
+def _check_step(trainer: GRPOTrainer, step: int) -> None:
+    """Raise ValueError where the trainer's output directory has no run, or the run no such step."""
+    directory = trainer.output_dir
+    if not (directory / checkpoint.ROLLOUTS).is_dir():
+        raise ValueError(f"there is no run in {directory}: it has no {checkpoint.ROLLOUTS}/")
+    if not 1 <= step <= trainer.total_steps():
+        raise ValueError(f"step {step}: the run in {directory} has steps 1 to {trainer.total_steps()}")
 
 
 class _Again:

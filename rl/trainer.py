@@ -83,15 +83,7 @@ class GRPOTrainer(Trainer):
         peft_config: LoraConfig | None = None,
     ):
         args = args or GRPOConfig(f"{Path(setup.model_name(model)).name}-GRPO")
-        rewards = RewardRunner(
-            _reward_functions(reward_funcs, reward_processing_classes),
-            args.reward_weights,
-            args.reward_errors,
-            PoolLimits(args.reward_workers, args.reward_timeout, args.reward_memory_gib)
-            if args.reward_workers
-            else None,
-            args.reward_failure_share,
-        )
+        rewards = _reward_runner(_reward_functions(reward_funcs, reward_processing_classes), args)
         setup.check_model(model, peft_config)
         tokenizer = processing_class or setup.load_tokenizer(model)
         stops = setup.stop_token_ids(model, tokenizer)
@@ -381,6 +373,13 @@ class GRPOTrainer(Trainer):
     def _load_adapter(self, directory: str) -> None:
         self.adapter.load(directory)
         self.engine.adapter_changed()
+
+
+def _reward_runner(functions: Sequence[Callable[..., Any]], args: GRPOConfig) -> RewardRunner:
+    workers = None
+    if args.reward_workers:
+        workers = PoolLimits(args.reward_workers, args.reward_timeout, args.reward_memory_gib)
+    return RewardRunner(functions, args.reward_weights, args.reward_errors, workers, args.reward_failure_share)
 
 
 def _reward_functions(

@@ -22,7 +22,7 @@ from .admission import check_requests
 from .engine import RolloutRequest
 from .lifecycle import Lifecycle
 from .trajectory import Segment, Trajectory
-from .vllm_options import check_engine_kwargs
+from .vllm_options import TEMPERATURES, check_engine_kwargs
 from .vllm_process import collector_frozen, vllm_starting
 
 # vLLM itself is imported where it is started: importing it changes the process, which `vllm_starting` undoes.
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MAX_SEQUENCES = {"cuda": 256, "cpu": 64}
-TEMPERATURES = (0.01, 2.0)  # vLLM would raise lower ones to 0.01 without a word
 PREFILL_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 

@@ -5,6 +5,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+TEMPERATURES = (0.01, 2.0)  # vLLM would raise lower ones to 0.01 without a word
+
 _OURS = {"max_sequences": "max_num_seqs", "kv_cache_bytes": "kv_cache_memory_bytes"}  # our names for vLLM's options
 _SHARED = "the engine holds the weights that are trained"
 _ONE_GPU = "engine and trainer share the tensors of one process on one device"

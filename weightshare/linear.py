@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.lora_add import LoraPart, lora_add_
-from ..kernels.lora_training import lora_training, lora_training_reference
+from ..kernels.lora_training import lora_training
 from .storage import DenseWeight, WeightStorage
 
 
@@ -61,9 +61,8 @@ class SharedLinear:
             return self.weight.linear(x, self.bias)
         slot = self.slot
         update = (slot.a, slot.b, slot.master_a, slot.master_b, slot.scale, slot.parts)
-        if isinstance(self.weight, DenseWeight):
-            compute = lora_training_reference if reference else lora_training
-            return compute(x, self.weight.tensor, self.bias, *update)
+        if isinstance(self.weight, DenseWeight) and not reference:
+            return lora_training(x, self.weight.tensor, self.bias, *update)
         return lora_add_(self.weight.linear(x, self.bias), x, *update)
 
     def part_name(self, part: OutputPart) -> str:
