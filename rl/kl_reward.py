@@ -53,7 +53,6 @@ def completion_kl(
         with policy.reference():
             reference, _ = policy.logprobs(micro.tokens, micro.lengths, micro.rows, micro.targets, temperature)
         engine = micro.stream([sample.engine_logprobs for sample in micro.samples])
-        lengths = [len(sample.targets) for sample in micro.samples]
-        per_token = kl_estimate(engine, reference, estimator).double().split(lengths)
+        per_token = kl_estimate(engine, reference, estimator).double().split(micro.trained_lengths)
         sums |= {id(sample): part.sum().item() for sample, part in zip(micro.samples, per_token, strict=True)}
     return [sums[id(sample)] for sample in samples]
