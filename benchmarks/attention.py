@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from colora.kernels.attention import DENSE_BACKENDS, DENSE_FROM, packed_attention, packed_attention_reference
 from colora.kernels.attention_flex import flex_packed_attention
-from common import Report, parser
+from common import Report, matmul_roof, parser
+from plots import Panels, plot_panels
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -174,6 +175,17 @@ def threshold(report: Report) -> None:
         report.add(f"attention.{row.figure}", dense, "TFLOP/s", "higher", peers=peers, dense_from_now=DENSE_FROM)
 
 
+def panels(rows: Sequence[dict[str, Any]]) -> Panels:
+    """The causal rows so far."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["unit"] == "TFLOP/s":
+            tokens = 1024 * int(row["figure"].split("_")[1].removesuffix("k"))
+            for who, value in ({"ours": row["value"]} | row["peers"]).items():
+                lines.setdefault(who, []).append((tokens, value))
+    return {"attention, one causal sequence, fwd + bwd": lines}
+
+
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     names = [*PEERS]
     print(f"\n{'':44}{'ours':>10}{'unit':>9}{'bar':>7}" + "".join(f"{name:>9}" for name in names))
@@ -195,7 +207,9 @@ def main() -> None:
     for row in CHECKED:
         print(f"{row.figure}: relative error {check(row):.5f}", flush=True)
     causal = measure(Row("causal_32k_tflops", (32768,)), report, CAUSAL_BAR)
-    measure(Row("causal_8k_tflops", (8192,)), report)
+    for thousand in (2, 4, 8, 16):
+        measure(Row(f"causal_{thousand}k_tflops", (thousand * 1024,)), report)
+    plot_panels(arguments.results / "attention.png", panels(report.rows), "TFLOP/s", matmul_roof() / 1e12, "matmul")
     values = {row.figure: measure(row, report) for row in ROWS}
     for name in ("packed_8x4k", "packed_8x4k_uneven"):
         more = {"bar": SHARE_BAR, "bar_is": "of TFLOP/s of one causal sequence of 32K, same run"}

@@ -127,3 +127,11 @@ def best_of(run: Any, repeats: int) -> tuple[float, float]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return min(times), max(times) / min(times) - 1
+
+
+def matmul_roof() -> float:
+    """FLOP/s of an 8192 x 8192 x 8192 product of random bf16 matrices."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = 20
+    seconds, _ = best_of(lambda: [a @ b for _ in range(times)], 5)
+    return times * 2 * 8192**3 / seconds

@@ -15,11 +15,9 @@ import torch
 from checkpoints import ALL, SHAPES
 from colora.kernels.offload import ActivationOffload
 from colora.kernels.tiled_mlp import TILE_TOKENS, tiled_gradients
-from colora.rl.families import block_spec, model_layout
-from colora.rl.policy import Policy, build
-from colora.weightshare.weights import SharedWeights
+from colora.rl.policy import Policy
 from common import GIB, Report, parser
-from peft import LoraConfig
+from policies import random_policy
 from torch import Tensor
 from transformers import Qwen3Config
 
@@ -32,16 +30,7 @@ OFFLOAD_BAR, BLOCKS_BAR, TILED_BAR = 1.01, 3.0, 1.10
 def make_policy(layers: int) -> Policy:
     shape = SHAPES["8b"] | {"num_hidden_layers": layers}
     config = Qwen3Config(**ALL | {"vocab_size": 1024}, **shape, max_position_embeddings=131072, dtype=torch.bfloat16)
-    weights = SharedWeights.empty(model_layout(block_spec(config)), torch.bfloat16, "cuda")
-    for name, tensor in weights.dense_parameters():
-        if name.endswith("norm.weight"):
-            tensor.fill_(1.0)
-        else:
-            tensor.normal_(0.0, 0.02)
-    lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-    policy = build(weights, config, lora, seed=0)
-    policy.gradient_checkpointing = True
-    return policy
+    return random_policy(config)
 
 
 class Steps:

@@ -8,19 +8,16 @@ a token and the causal half of attention, forward and twice that backward. Recom
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from checkpoints import SHAPES, model_config
-from common import Report, best_of, parser, peak_memory, run_apart
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen3Config
+from common import Report, best_of, matmul_roof, parser, peak_memory, run_apart
+from policies import policy_step, random_policy, transformers_step
+from transformers import Qwen3Config
 
 LENGTHS = {"8k": 8192, "32k": 32768, "64k": 65536}
 SIDES = ("ours", "transformers", "liger")
-LORA = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BAR = 0.5
 
 
@@ -34,55 +31,10 @@ def flops(config: Qwen3Config, tokens: int) -> float:
     return 6.0 * parameters * tokens + scores
 
 
-def matmul_roof() -> float:
-    """FLOP/s of an 8192 x 8192 x 8192 product of random bf16 matrices."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = 20
-    seconds, _ = best_of(lambda: [a @ b for _ in range(times)], 5)
-    return times * 2 * 8192**3 / seconds
-
-
-def ours(config: Qwen3Config) -> Callable[[torch.Tensor], None]:
-    from colora.rl.families import block_spec, model_layout
-    from colora.rl.policy import build
-    from colora.weightshare.weights import SharedWeights
-
-    weights = SharedWeights.empty(model_layout(block_spec(config)), torch.bfloat16, "cuda")
-    for name, tensor in weights.dense_parameters():
-        tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(0.0, 0.02)
-    policy = build(weights, config, LoraConfig(**LORA, init_lora_weights=False), seed=0)
-    policy.gradient_checkpointing = True
-
-    def step(tokens: torch.Tensor) -> None:
-        rows = torch.arange(len(tokens) - 1, device="cuda")
-        logprobs, _ = policy.logprobs(tokens, [len(tokens)], rows, tokens[1:])
-        logprobs.mean().backward()
-
-    return step
-
-
-def transformers_model(config: Qwen3Config, liger: bool) -> Callable[[torch.Tensor], None]:
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-
-        apply_liger_kernel_to_qwen3()
-    with torch.device("cuda"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model = get_peft_model(model, LoraConfig(**LORA), autocast_adapter_dtype=False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    model.train()
-
-    def step(tokens: torch.Tensor) -> None:
-        model(input_ids=tokens[None], labels=tokens[None], use_cache=False).loss.backward()
-
-    return step
-
-
 def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str, dict[str, float] | None]:
     """{length: {seconds, spread, peak_gib}}, None where the memory does not suffice."""
     config = model_config(shape)
-    step = ours(config) if side == "ours" else transformers_model(config, side == "liger")
+    step = policy_step(random_policy(config)) if side == "ours" else transformers_step(config, side == "liger")
     results: dict[str, dict[str, float] | None] = {}
     for name in lengths:
         tokens = torch.randint(0, config.vocab_size, (LENGTHS[name],), device="cuda")

@@ -1,15 +1,25 @@
 """Log-probability of given tokens from hidden states, through the head, without ever holding all the logits.
 
 For hidden state h, head W, temperature t and token j: logits z = softcap(W h) / t, log p_j = z_j - logsumexp(z), and
-on request the entropy H = -sum_k p_k log p_k. Tiles of tokens are taken through the whole vocabulary; the backward
-pass computes each tile again, so the memory is that of one tile, `TILE_ELEMENTS` fp32 logits and their gradient in the
-head's dtype, whatever the number of tokens. On a GPU each pass over a tile is one kernel (linear_logprob_triton).
+on request the entropy H = -sum_k p_k log p_k. Tiles of tokens are taken through the whole vocabulary, so the memory is
+that of one tile, `TILE_ELEMENTS` fp32 logits and their gradient in the head's dtype, whatever the number of tokens.
+
+What a loss will multiply a token's log-prob by is not known in the forward pass, but it is one number a token, and so
+d log p_j / dh, a row of hidden_size, is computed there, while the tile's logits are at hand; the backward pass only
+multiplies. That takes two products with the head in all, where computing the logits again takes three. Kept for the
+backward pass: those rows instead of the hidden states, as many bytes (and as many again for the entropy's gradient).
+On a GPU each pass over a tile is one kernel (linear_logprob_triton).
+
+Products for T tokens: 4 T hidden_size vocab FLOPs with a gradient, half of that without. Error, with u the unit
+roundoff of the dtype: logits are fp32 sums; of the gradient p and the sums with the head's rows are rounded once to u
+relative each, and so is the final product.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .head_logits import head_logits
 
@@ -38,9 +48,7 @@ def _row_gradients(
     logits: Tensor,
     targets: Tensor,
     logsumexps: Tensor,
-    entropies: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropies: Tensor | None,
+    entropies: Tensor | None,
     temperature: float,
     softcap: float | None,
     dtype: torch.dtype,
@@ -51,11 +59,11 @@ def _row_gradients(
     """
     z = _scaled(logits, temperature, softcap)
     log_p = z - logsumexps[:, None]
-    p = torch.exp(log_p)
-    grad = p * -grad_logprobs[:, None]
-    if grad_entropies is not None:
-        grad -= p * (log_p + entropies[:, None]) * grad_entropies[:, None]
-    grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
+    grad = -torch.exp(log_p)
+    if entropies is not None:
+        grad *= log_p + entropies[:, None]
+    else:
+        grad.scatter_add_(-1, targets[:, None], torch.ones_like(logsumexps)[:, None])
     grad /= temperature
     if softcap is not None:
         grad *= 1.0 - (z * temperature / softcap) ** 2
@@ -72,48 +80,45 @@ class _LinearLogprob(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         entropy: bool,
+        entropy_gradient: bool,
+        trained: bool,
         fp32_head: bool,
         reference: bool,
     ) -> Any:
         tokens = hidden.shape[0]
         tile = max(1, TILE_ELEMENTS // head.shape[0])
-        statistics = _passes(hidden, reference)[0]
-        logprobs, logsumexps = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        statistics, gradients = _passes(hidden, reference)
+        logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         entropies = torch.empty(tokens if entropy else 0, dtype=torch.float32, device=hidden.device)
+        of_logprobs = torch.empty_like(hidden) if trained else None
+        of_entropies = torch.empty_like(hidden) if trained and entropy_gradient else None
         for start in range(0, tokens, tile):
             rows = slice(start, start + tile)
             logits = head_logits(hidden[rows], head, fp32_head)
-            logprobs[rows], logsumexps[rows], entropies[rows] = statistics(
+            logprobs[rows], logsumexps, tile_entropies = statistics(
                 logits, targets[rows], temperature, softcap, entropy
             )
-        ctx.save_for_backward(hidden, head, targets, logsumexps, entropies)
-        ctx.temperature, ctx.softcap, ctx.tile, ctx.fp32_head = temperature, softcap, tile, fp32_head
-        ctx.reference = reference
-        ctx.set_materialize_grads(False)  # entropies that are only logged cost nothing in the backward pass
+            entropies[rows] = tile_entropies
+            for out, wanted in ((of_logprobs, None), (of_entropies, tile_entropies)):
+                if out is not None:
+                    grad = gradients(logits, targets[rows], logsumexps, wanted, temperature, softcap, head.dtype)
+                    torch.mm(grad, head, out=out[rows])
+        ctx.save_for_backward(of_logprobs, of_entropies)
+        ctx.set_materialize_grads(False)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
-        hidden, head, targets, logsumexps, entropies = ctx.saved_tensors
-        gradients = _passes(hidden, ctx.reference)[1]
-        if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(logsumexps)
-        grad_hidden = torch.empty_like(hidden)
-        for start in range(0, hidden.shape[0], ctx.tile):
-            rows = slice(start, start + ctx.tile)
-            grad_logits = gradients(
-                head_logits(hidden[rows], head, ctx.fp32_head),
-                targets[rows],
-                logsumexps[rows],
-                entropies[rows],
-                grad_logprobs[rows],
-                None if grad_entropies is None else grad_entropies[rows],
-                ctx.temperature,
-                ctx.softcap,
-                head.dtype,
-            )
-            torch.mm(grad_logits, head, out=grad_hidden[rows])
-        return grad_hidden, None, None, None, None, None, None, None
+        of_logprobs, of_entropies = ctx.saved_tensors
+        grad_hidden = None
+        for rows, factors in ((of_logprobs, grad_logprobs), (of_entropies, grad_entropies)):
+            if rows is not None and factors is not None:
+                term = torch.mul(rows, factors[:, None], out=torch.empty_like(rows))
+                grad_hidden = term if grad_hidden is None else grad_hidden.add_(term)
+        return grad_hidden, None, None, None, None, None, None, None, None, None
 
 
 def _passes(hidden: Tensor, reference: bool) -> tuple[Any, Any]:
@@ -132,6 +137,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     fp32_head: bool = True,
     reference: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -144,15 +150,22 @@ def linear_logprob(
         temperature: the sampling temperature, above 0.
         softcap: Gemma's cap on the logits, if any.
         entropy: also return entropies, in nats.
+        entropy_gradient: those entropies are differentiable, for one more product with the head.
         fp32_head: logits are fp32 sums (kernels.head_logits); False: rounded to the dtype of the head.
         reference: plain torch instead of the kernels.
 
     Returns:
-        logprobs (tokens,) fp32, natural logarithm; entropies (tokens,) fp32 or None. Both differentiable in `hidden`.
+        logprobs (tokens,) fp32, natural logarithm, differentiable in `hidden`; entropies (tokens,) fp32 or None.
+
+    Raises:
+        ValueError: a temperature that is not above 0; the gradient of entropies that are not asked for.
     """
     if temperature <= 0:
         raise ValueError(f"linear_logprob: temperature must be above 0, got {temperature}")
+    if entropy_gradient and not entropy:
+        raise ValueError("linear_logprob: entropy_gradient without entropy; set entropy as well")
+    trained = hidden.requires_grad and torch.is_grad_enabled()  # inside of `forward` gradients are always off
     logprobs, entropies = _LinearLogprob.apply(
-        hidden, head, targets, temperature, softcap, entropy, fp32_head, reference
+        hidden, head, targets, temperature, softcap, entropy, entropy_gradient, trained, fp32_head, reference
     )
     return logprobs, entropies if entropy else None

@@ -141,7 +141,9 @@ class Learner:
             with self.policy.reference():
                 ref_logprobs, _ = self.policy.logprobs(*self._row(micro))
         has_bonus = self.objective.entropy_coef != 0.0
-        logprobs, entropies = self.policy.logprobs(*self._row(micro), entropy=self.args.log_entropy or has_bonus)
+        logprobs, entropies = self.policy.logprobs(
+            *self._row(micro), entropy=self.args.log_entropy or has_bonus, entropy_gradient=has_bonus
+        )
         current = logprobs.detach()
         old = None
         if not self.old_is_engine:

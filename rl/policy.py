@@ -228,6 +228,7 @@ class Policy(nn.Module):
         targets: Tensor,
         temperature: float = 1.0,
         entropy: bool = False,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of given tokens, each predicted from a position of a packed row.
 
@@ -237,9 +238,10 @@ class Policy(nn.Module):
             targets: (n,) int64 ... predict token targets[i].
             temperature: the logits are divided by it, above 0.
             entropy: also return the entropies of the distributions.
+            entropy_gradient: and let them be differentiable.
 
         Returns:
-            log-probs (n,) fp32 and entropies (n,) fp32 or None, both differentiable in the adapter's masters.
+            log-probs (n,) fp32, differentiable in the adapter's masters, and entropies (n,) fp32 or None.
         """
         hidden = self.hidden_states(tokens, lengths)[rows.to(self.device)]
         return self._ops.linear_logprob(
@@ -249,6 +251,7 @@ class Policy(nn.Module):
             temperature,
             self.spec.final_softcap,
             entropy,
+            entropy_gradient,
             self.fp32_head,
         )
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/kernels.py` measures: a file an op, whose `cases(tokens)` yields its `Case`s."""
+"""What `benchmarks/bandwidth.py` measures: a file an op, whose `cases(tokens)` yields its `Case`s."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -59,7 +59,9 @@ def test_gradient_of_the_entropy(
     monkeypatch.setattr(module, "TILE_ELEMENTS", tile_elements)
     hidden, head, targets = random_inputs()
     weights, scale = torch.linspace(-2, 1, TOKENS), 0.7 if with_logprobs else 0.0
-    logprobs, entropies = linear_logprob(hidden, head, targets, temperature, softcap, entropy=True)
+    logprobs, entropies = linear_logprob(
+        hidden, head, targets, temperature, softcap, entropy=True, entropy_gradient=True
+    )
     assert entropies is not None
     loss = (entropies * weights).sum() + (scale * logprobs.sum() if with_logprobs else 0.0)
     (gradient,) = torch.autograd.grad(loss, hidden)
@@ -75,7 +77,7 @@ def test_gradient_of_the_entropy(
 def test_certain_tokens_have_entropies_without_a_gradient_and_no_nan() -> None:
     hidden = torch.full((2, 4), 200.0, requires_grad=True)
     head = torch.linspace(-1, 1, 9)[:, None].expand(9, 4).contiguous()
-    _, entropies = linear_logprob(hidden, head, torch.tensor([8, 0]), entropy=True)
+    _, entropies = linear_logprob(hidden, head, torch.tensor([8, 0]), entropy=True, entropy_gradient=True)
     assert entropies is not None
     (gradient,) = torch.autograd.grad(entropies.sum(), hidden)
     assert (gradient == 0).all() and (entropies == 0).all()
@@ -111,9 +113,45 @@ def test_no_more_than_a_tile_of_logits_is_ever_held(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "TILE_ELEMENTS", 20 * VOCAB)
     hidden, head, targets = random_inputs(tokens=45)  # three tiles; hidden itself is smaller than one
     with LargestTensor() as largest:
-        logprobs, _ = linear_logprob(hidden, head, targets, 0.7, 3.0, entropy=True)
-        logprobs.sum().backward()
+        logprobs, entropies = linear_logprob(hidden, head, targets, 0.7, 3.0, entropy=True, entropy_gradient=True)
+        assert entropies is not None
+        (logprobs + entropies).sum().backward()
     assert largest.elements == 20 * VOCAB
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket == torch.ops.aten.mm
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("trained", "entropy_gradient", "products"), [(0, 0, 1), (1, 0, 2), (1, 1, 3)])
+def test_logits_are_computed_once(trained: bool, entropy_gradient: bool, products: int) -> None:
+    hidden, head, targets = random_inputs()
+    with Products() as mode, torch.set_grad_enabled(bool(trained)):
+        logprobs, entropies = linear_logprob(
+            hidden, head, targets, entropy=True, entropy_gradient=bool(entropy_gradient)
+        )
+        if trained:
+            logprobs.sum().backward()
+    assert mode.count == products
+    assert entropies is not None and entropies.requires_grad == bool(entropy_gradient)
+
+
+def test_the_gradient_may_be_taken_twice() -> None:
+    hidden, head, targets = random_inputs()
+    logprobs, _ = linear_logprob(hidden, head, targets)
+    first, second = (torch.autograd.grad(2 * logprobs.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_gradient_of_entropies_that_are_not_asked_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="set entropy as well"):
+        linear_logprob(*random_inputs(), entropy_gradient=True)
 
 
 def test_the_head_gets_no_gradient() -> None:

@@ -1,6 +1,7 @@
 """The elementwise Triton kernels: GB/s forward and backward beside plain torch, compiled torch and Liger.
 
 Times are medians with a cold L2 cache. The roof is the bandwidth of a device-to-device copy, measured in the same run.
+Beside the JSON goes bandwidth.png: GB/s against the number of tokens.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from common import Report, parser
 from kernel_cases import Case, Implementation
+from plots import Panels, plot_panels
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
@@ -124,16 +126,26 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['figure']:40}{row['value']:10.0f}{row['value'] / row['copy']:10.1%}{peers}")
 
 
+def panels(rows: Sequence[dict[str, Any]]) -> Panels:
+    """{op and direction: {who: [(tokens, GB/s)]}}."""
+    found: Panels = {}
+    for row in rows:
+        name, size = row["figure"].rsplit("_gbs.", 1)
+        for who, value in ({"ours": row["value"]} | row["peers"]).items():
+            found.setdefault(name, {}).setdefault(who, []).append((SIZES[size], value))
+    return found
+
+
 def options() -> argparse.Namespace:
     arguments = parser(__doc__)
     arguments.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
-    arguments.add_argument("--sizes", nargs="+", choices=list(SIZES), default=[BAR_SIZE], help="tokens")
+    arguments.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="tokens")
     return arguments.parse_args()
 
 
 def main() -> None:
     arguments = options()
-    report = Report("kernels", arguments)
+    report = Report("bandwidth", arguments)
     functorch_config.donated_buffer = False  # compiled peers: their backward is timed many times over one graph
     dynamo_config.recompile_limit = 64
     roof = copy_gbs()
@@ -143,6 +155,7 @@ def main() -> None:
             for case in importlib.import_module(f"kernel_cases.{op}").cases(SIZES[size]):
                 measure(case, size, roof, report)
     print_table(report.rows)
+    plot_panels(arguments.results / "bandwidth.png", panels(report.rows), "GB/s", roof, "copy")
     print(report.write())
 
 
