@@ -1,5 +1,6 @@
 """GRPO of language models on one GPU, where rollouts and training share one copy of the weights and of the adapter."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["GRPOConfig", "GRPOTrainer", "__version__", "load"]
+
+# Where PEFT imports bitsandbytes on a CPU, it warns that a product of its own is missing, which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _LAZY = {"GRPOConfig": ".rl.config", "GRPOTrainer": ".rl.trainer", "load": ".rl.policy"}
 

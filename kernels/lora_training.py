@@ -6,7 +6,8 @@ backward, for the gradient g of y:
     h = [g_p B_p],   dB_p = scale g_p^T u_p,   dA = h^T x,   dX = h A by the same kernel,   dX += g W.
 The update goes first and the frozen product is added to it, because a matrix product that reads the tile of its result
 reads it while it multiplies; the other way round the result is read and written once more by a product that has
-nothing to do meanwhile. Nothing of W's size is made. Kept for the backward pass: x, once, and u.
+nothing to do meanwhile. Nothing of W's size is made; a W in NF4 is decoded a tile at a time (`frozen`). Kept for the
+backward pass: x, once, and u.
 
 Cost for T tokens, in -> out, P adapted parts of rank r, e bytes an element; the frozen chain x W^T, g W takes
 4 T in out FLOPs. On top of it, every product being bound by memory:
@@ -30,10 +31,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .frozen import FrozenWeight, add_input_gradient_, add_product_, frozen_linear
 from .lora_add import LoraPart, lora_add_
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def lora_training(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenWeight,
     bias: Tensor | None,
     slot_a: Tensor,
     slot_b: Tensor,
@@ -59,7 +60,7 @@ def lora_training(
 
     Args:
         x: (tokens, in).
-        weight: (out, in), frozen, same dtype.
+        weight: (out, in), frozen: dense in the same dtype, or NF4, of which a tile at a time is decoded to it.
         bias: (out,), frozen, or None.
         slot_a: (adapted outputs * r, in), the stacked A in the compute dtype.
         slot_b: (adapted rows, r), the stacked B in the compute dtype, already multiplied by `scale`.
@@ -79,7 +80,7 @@ def lora_training(
 
 def lora_training_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenWeight,
     bias: Tensor | None,
     slot_a: Tensor,
     slot_b: Tensor,
@@ -89,11 +90,11 @@ def lora_training_reference(
     parts: tuple[LoraPart, ...],
 ) -> Tensor:
     """`lora_training` as the frozen linear followed by `lora_add_`."""
-    return lora_add_(F.linear(x, weight, bias), x, slot_a, slot_b, master_a, master_b, scale, parts)
+    return lora_add_(frozen_linear(x, weight, bias), x, slot_a, slot_b, master_a, master_b, scale, parts)
 
 
 def kernel_fits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot_a: Tensor, slot_b: Tensor, parts: Sequence[LoraPart]
+    x: Tensor, weight: FrozenWeight, bias: Tensor | None, slot_a: Tensor, slot_b: Tensor, parts: Sequence[LoraPart]
 ) -> bool:
     """Whether the kernel takes this linear: one dtype it knows, rows contiguous, at most three ranges of columns.
 
@@ -101,7 +102,7 @@ def kernel_fits(
     """
     from .lora_training_triton import MAX_RANGES
 
-    operands = (x, weight, slot_a, slot_b) if bias is None else (x, weight, slot_a, slot_b, bias)
+    operands = [x, slot_a, slot_b, *(operand for operand in (weight, bias) if isinstance(operand, Tensor))]
     one_dtype = x.dtype in KERNEL_DTYPES and all(operand.dtype == x.dtype for operand in operands)
     rows_contiguous = all(operand.stride(-1) == 1 for operand in operands[1:])
     return one_dtype and rows_contiguous and len(_column_ranges(parts, weight.shape[0])) <= MAX_RANGES
@@ -114,7 +115,7 @@ class LoraTraining(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: FrozenWeight,
         bias: Tensor | None,
         slot_a: Tensor,
         slot_b: Tensor,
@@ -128,15 +129,15 @@ class LoraTraining(torch.autograd.Function):
         down = x @ slot_a.T
         y = x.new_empty(x.shape[0], weight.shape[0])
         low_rank(down, slot_b, bias, y, _column_ranges(parts, weight.shape[0]), slot_b.shape[1])
-        y.addmm_(x, weight.T)
-        ctx.save_for_backward(x, down, weight, slot_a, slot_b)
-        ctx.scale, ctx.parts = scale, parts
+        add_product_(y, x, weight)
+        ctx.save_for_backward(x, down, slot_a, slot_b)
+        ctx.weight, ctx.scale, ctx.parts = weight, scale, parts
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, weight, slot_a, slot_b = ctx.saved_tensors
+        x, down, slot_a, slot_b = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[index] for index in (0, 5, 6))
         grad_x = grad_a = grad_b = None
         if needs_b:
@@ -151,17 +152,17 @@ class LoraTraining(torch.autograd.Function):
             if needs_a:
                 grad_a = _fp32_product(grad_down.T, x)
             if needs_x:
-                grad_x = _grad_input(grad_y, grad_down, weight, slot_a)
+                grad_x = _grad_input(grad_y, grad_down, ctx.weight, slot_a)
         return grad_x, None, None, None, None, grad_a, grad_b, None, None
 
 
-def _grad_input(grad_y: Tensor, grad_down: Tensor, weight: Tensor, slot_a: Tensor) -> Tensor:
+def _grad_input(grad_y: Tensor, grad_down: Tensor, weight: FrozenWeight, slot_a: Tensor) -> Tensor:
     """grad_down A + grad_y W."""
     from .lora_training_triton import ColumnRange, low_rank
 
     grad_x = grad_down.new_empty(grad_down.shape[0], weight.shape[1])
     low_rank(grad_down, slot_a.T, None, grad_x, [ColumnRange(0, weight.shape[1], 0, 0)], slot_a.shape[0])
-    return grad_x.addmm_(grad_y, weight)
+    return add_input_gradient_(grad_x, grad_y, weight)
 
 
 def _fp32_product(left: Tensor, right: Tensor) -> Tensor:

@@ -18,8 +18,18 @@ from ..kernels.ops import OPS, Ops
 from ..kernels.rope import QKNorm, rope_table
 from ..kernels.tiled_mlp import TILE_TOKENS
 from ..weightshare.adapter import Adapter
+from ..weightshare.base_format import check_quantization
+from ..weightshare.bnb_checkpoint import assemble, nf4_projections
 from ..weightshare.linear import SharedLinear
-from ..weightshare.loading import checkpoint_directory, load_weights, read_checkpoint, read_config
+from ..weightshare.loading import (
+    base_of,
+    checkpoint_directory,
+    load_weights,
+    read_checkpoint,
+    read_config,
+    tensor_names,
+)
+from ..weightshare.memory import check_fits
 from ..weightshare.weights import SharedWeights
 from .families import BlockSpec, block_spec, check_family, decoder_path, model_layout, text_config
 
@@ -300,6 +310,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     seed: int | None = None,
+    base: str = "auto",
 ) -> Policy:
     """Load a checkpoint, or copy a model that is in memory, into shared storage and build a policy on it.
 
@@ -310,26 +321,37 @@ def load(
             that is float32.
         device: the first GPU, else the CPU, where None.
         seed: as for `build`.
+        base: "nf4": the projections are quantised to NF4 while they load. "auto": they stay as the checkpoint has them,
+            16 or 32 bits or bitsandbytes' NF4.
 
     Raises:
-        ValueError: a checkpoint that is missing, incomplete, corrupt, quantised or of an unknown architecture; LoRA
+        ValueError: a checkpoint that is missing, incomplete, corrupt, of an unknown architecture or quantised in a
+            format other than NF4; projections that NF4 cannot hold; weights that do not fit into the GPU's memory; LoRA
             options or targets that are not supported.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(model, PreTrainedModel):
-        config: PreTrainedConfig = model.config
-        check_family(config.model_type)
-        tensors: Iterator[tuple[str, Tensor]] = iter(model.state_dict().items())
-    elif isinstance(model, str | Path):
-        directory = checkpoint_directory(model)
-        check_family(read_config(directory).get("model_type"))
-        config = AutoConfig.from_pretrained(directory)
-        tensors = read_checkpoint(directory)
-    else:
-        raise TypeError(f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}")
-    weights = SharedWeights.empty(model_layout(block_spec(config)), resolve_dtype(dtype, config, place), place)
-    load_weights(weights, tensors)
+    config, names, tensors = _open(model)
+    layout, compute_dtype = model_layout(block_spec(config)), resolve_dtype(dtype, config, place)
+    stored = nf4_projections(names)
+    wanted = base_of(layout, base, stored)
+    check_fits(layout, compute_dtype, wanted, place)
+    weights = SharedWeights.empty(layout, compute_dtype, place, wanted)
+    load_weights(weights, assemble(tensors, stored, place))
     return build(weights, config, lora, seed)
+
+
+def _open(model: str | Path | PreTrainedModel) -> tuple[PreTrainedConfig, list[str], Iterator[tuple[str, Tensor]]]:
+    """A checkpoint's or model's config, the names of its tensors, and these one after the other."""
+    if isinstance(model, PreTrainedModel):
+        check_family(model.config.model_type)
+        check_quantization(model.config.to_dict(), "the model")
+        state = model.state_dict()
+        return model.config, list(state), iter(state.items())
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model must be a directory, a hub id or a transformers model, got {type(model).__name__}")
+    directory = checkpoint_directory(model)
+    check_family(read_config(directory).get("model_type"))
+    return AutoConfig.from_pretrained(directory), tensor_names(directory), read_checkpoint(directory)
 
 
 def resolve_dtype(dtype: torch.dtype | str, config: Any, device: torch.device) -> torch.dtype:

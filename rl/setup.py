@@ -25,7 +25,11 @@ from ..rollout.self_test import self_test
 from ..rollout.trajectory import Trajectory
 from ..rollout.transformers_engine import TransformersEngine
 from ..weightshare.adapter import check_lora_config, targeted_parts
+from ..weightshare.base_format import NF4
+from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import ParityGuard
+from ..weightshare.loading import base_of, checkpoint_directory, tensor_names
+from ..weightshare.memory import check_fits
 from ..weightshare.weights import SharedWeights
 from .config import GRPOConfig
 from .families import block_spec, decoder_path, model_layout
@@ -86,9 +90,16 @@ def choose_engine(name: str, device: torch.device) -> str:
     return "vllm" if device.type == "cuda" and find_spec("vllm") is not None else "transformers"
 
 
-def check_model(model: ModelLike, lora: LoraConfig | None) -> None:
-    """Raise ValueError for an architecture, LoRA options or targets that cannot be trained; loads no weights."""
+def check_base(config: PreTrainedConfig, base: str) -> None:
+    """Raise ValueError where a model of this config cannot be quantised while it loads."""
+    if base == "nf4" and getattr(config, "quantization_config", None) is None:  # else some linears may stay dense
+        model_layout(block_spec(config)).check_base(NF4)
+
+
+def check_model(model: ModelLike, lora: LoraConfig | None, base: str = "auto") -> None:
+    """Raise ValueError for an architecture, base, LoRA options or targets that cannot be trained; loads no weights."""
     config = model_config(model)
+    check_base(config, base)
     nothing = SharedWeights.empty(model_layout(block_spec(config)), torch.float32, "meta")
     check_lora_config(lora or DEFAULT_LORA)
     targeted_parts(nothing, lora or DEFAULT_LORA, decoder_path(config))
@@ -112,8 +123,13 @@ def build(
             raise ValueError(
                 "the Policy has no adapter to train: load it with colora.load(model, lora=LoraConfig(...))"
             )
+        if args.base not in ("auto", policy.weights.base):
+            raise ValueError(
+                f"base={args.base!r}, but the Policy has a {policy.weights.base} base: load it with "
+                f"colora.load(model, base={args.base!r}), or leave base out"
+            )
     else:
-        policy = load(model, lora, dtype=args.dtype, device=args.device, seed=args.seed)
+        policy = load(model, lora, dtype=args.dtype, device=args.device, seed=args.seed, base=args.base)
     kwargs = _engine_kwargs(args)
     unknown = kwargs.keys() - TRANSFORMERS_ENGINE_KWARGS
     if unknown:
@@ -150,14 +166,18 @@ def _build_on_vllm(
     config, kwargs = model_config(model), _engine_kwargs(args)
     if not kwargs.keys() & {"max_num_seqs", "max_sequences"}:
         kwargs["max_num_seqs"] = min(MAX_SEQUENCES[args.device.type], args.completions_per_generation)
+    dtype, layout = resolve_dtype(args.dtype, config, args.device), model_layout(block_spec(config))
+    stored = nf4_projections(tensor_names(checkpoint_directory(model)))
+    check_fits(layout, dtype, base_of(layout, args.base, stored), args.device)
     engine = VLLMEngine(
         model,
         lora,
-        dtype=resolve_dtype(args.dtype, config, args.device),
+        dtype=dtype,
         max_context=max_context,
         device=args.device,
         seed=args.seed,
         fp32_head=args.cast_lm_head_to_fp32,
+        base=args.base,
         engine_kwargs=kwargs,
     )
     policy = Policy(engine.weights, engine.config, engine.adapter)

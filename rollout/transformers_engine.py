@@ -12,14 +12,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..kernels.head_logits import head_logits
-from ..weightshare.storage import DenseWeight
+from ..kernels.nf4 import NF4Tensor
+from ..kernels.nf4_linear import nf4_linear
+from ..weightshare.linear import SharedLinear
 from ..weightshare.weights import EMBEDDING, HEAD, SharedWeights
 from .admission import check_requests
 from .engine import RolloutRequest
 from .kv_cache import GROUPED_SDPA
 from .lifecycle import Lifecycle
 from .trajectory import Trajectory
-from .wave import Wave
+from .wave import Wave, join_similar
 
 
 class _Fp32Head(nn.Module):
@@ -33,27 +35,53 @@ class _Fp32Head(nn.Module):
         return head_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
 
 
+class _NF4Projection(nn.Module):
+    """In place of a linear whose weight is quantised: `rows` of a shared matrix, and their bias. It owns nothing."""
+
+    def __init__(self, rows: NF4Tensor, bias: Tensor | None):
+        super().__init__()
+        self.rows, self.bias = rows, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nf4_linear(x, *self.rows.tensors(), self.bias)
+
+
+def _replace_projections(model: PreTrainedModel, linear: SharedLinear, weight: NF4Tensor) -> None:
+    """Put an `_NF4Projection` where the model has a linear for each part of a quantised one."""
+    places = dict(model.named_parameters())
+    for part in linear.parts:
+        name, rows = linear.part_name(part), weight.rows(part.start, part.stop)
+        place = places.get(f"{name}.weight")
+        expected = None if place is None else tuple(place.shape)
+        if expected != rows.shape:
+            raise ValueError(
+                f"the shared weights are not those of a {model.config.model_type} model with this config: {name} is "
+                f"{rows.shape}, the config says {expected}; load both from the same checkpoint"
+            )
+        model.set_submodule(name, _NF4Projection(rows, None if linear.bias is None else linear.bias[part.rows]))
+
+
 def shared_model(weights: SharedWeights, config: PretrainedConfig, fp32_head: bool = True) -> PreTrainedModel:
     """transformers' causal LM of `config`, in eval mode, with views of `weights` for parameters: no second copy.
 
     Args:
         fp32_head: logits in fp32 whatever the dtype.
 
-    Raises ValueError where the weights are not those of the config, or are not dense.
+    Raises ValueError where the weights are not those of the config.
     """
-    quantised = [linear.name for linear in weights.linears.values() if not isinstance(linear.weight, DenseWeight)]
-    if quantised:
-        raise ValueError(
-            f"the transformers engine reads dense weights only, and {len(quantised)} projections are quantised "
-            f"(e.g. {quantised[0]}); load the base unquantised or use another engine"
-        )
     config = deepcopy(config)  # from_config writes into it
+    config.quantization_config = None  # the weights are as they are held, whatever the checkpoint's were
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=weights.dtype, attn_implementation=GROUPED_SDPA)
-    parameters = dict(weights.dense_parameters())
+    parameters = dict(weights.tensors) | {HEAD: weights.head}
     for name in (EMBEDDING, HEAD):
         # Rows beyond the vocabulary are padding for the kernels' sake: an id from there must never be sampled.
         parameters[name] = parameters[name][: config.vocab_size]
+    for linear in weights.linears.values():
+        if isinstance(linear.weight.operand, Tensor):
+            parameters |= linear.dense_parameters()
+        else:
+            _replace_projections(model, linear, linear.weight.operand)
     try:
         model.load_state_dict(parameters, strict=True, assign=True)
     except RuntimeError as error:
@@ -81,7 +109,9 @@ def _lora_hook(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...],
 class TransformersEngine(Lifecycle):
     """`RolloutEngine` on a transformers model, on whatever device the weights are on.
 
-    Waiting requests are admitted in *waves* (see `wave.Wave`): a step samples one token for every running wave.
+    Waiting requests are admitted in *waves* (see `wave.Wave`), which join those that run where they are of similar
+    length: a step is then one forward. No keys and values outlive their request, so a prompt that goes on where another
+    has ended, such as an agent's next turn, is computed from its beginning.
 
     Args:
         weights: the shared base; an adapter bound to it is applied, read from its slots at every token.
@@ -156,13 +186,13 @@ class TransformersEngine(Lifecycle):
             self._admit()
             for wave in self._waves:
                 finished += wave.advance()
-        self._waves = [wave for wave in self._waves if wave.running]
+            self._waves = join_similar([wave for wave in self._waves if wave.running])
         self._in_flight.difference_update(trajectory.request_id for trajectory in finished)
         return finished
 
     def _admit(self) -> None:
         free = self._max_sequences - sum(wave.running for wave in self._waves)
-        # Every wave costs a forward a step, so places are given out together rather than one by one as they fall free.
+        # A wave's prefill is a forward, so places are given out together rather than one by one as they fall free.
         worthwhile = min(len(self._waiting), max(1, self._max_sequences // 4))
         if self._waiting and free >= worthwhile:
             admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]

@@ -14,9 +14,11 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..weightshare.base_format import BaseFormat, base_format
+from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import SLOT_A, SLOT_B, check_storage
-from ..weightshare.loading import checkpoint_directory, read_config
-from ..weightshare.memory import KVLayout, free_bytes, kv_cache_bytes, reserve_bytes
+from ..weightshare.loading import checkpoint_directory, read_config, tensor_names
+from ..weightshare.memory import KVLayout, free_bytes, kv_cache_bytes, nf4_saves, reserve_bytes
 from ..weightshare.vllm_names import check_names, vllm_version
 from .admission import check_requests
 from .engine import RolloutRequest
@@ -47,7 +49,7 @@ class VLLMEngine(Lifecycle):
     """`RolloutEngine` on vLLM. It loads the checkpoint; the policy is then built on `weights` and `adapter`.
 
     Args:
-        model: a checkpoint's directory or hub id, of safetensors, unquantised.
+        model: a checkpoint's directory or hub id, of safetensors.
         lora: the adapter to train, or None for the bare base.
         dtype: of base, slots and products: float32, bfloat16 or float16.
         max_context: prompt + completion tokens of one sequence.
@@ -56,6 +58,7 @@ class VLLMEngine(Lifecycle):
         max_sequences: sequences that run at once; by default 256 on a GPU, 64 on the CPU.
         kv_cache_bytes: size of the KV cache; by default from what is free and what `max_sequences` need.
         fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
+        base: `nf4`: the projections are quantised to NF4 while they load; `auto`: as the checkpoint has them.
         engine_kwargs: any other of `vllm.EngineArgs`' options that does not conflict with sharing.
 
     Attributes:
@@ -65,8 +68,9 @@ class VLLMEngine(Lifecycle):
         kv_cache_bytes: size of the KV cache.
 
     Raises:
-        ValueError: a checkpoint that is missing, incomplete, quantised, multimodal or unknown to vLLM; a dtype or
-            device that does not fit; options that do not exist or conflict; too little memory for one sequence.
+        ValueError: a checkpoint that is missing, incomplete, multimodal, unknown to vLLM or quantised in a format other
+            than NF4; projections that NF4 cannot hold; a dtype or device that does not fit; options that do not
+            exist or conflict; too little memory for one sequence.
         RuntimeError: vLLM is not installed, or lacks names that are used; another engine is open in this process.
     """
 
@@ -82,12 +86,15 @@ class VLLMEngine(Lifecycle):
         max_sequences: int | None = None,
         kv_cache_bytes: int | None = None,
         fp32_head: bool = True,
+        base: str = "auto",
         engine_kwargs: Mapping[str, Any] | None = None,
     ):
         self._requests: dict[str, RolloutRequest] = {}
         self.max_context, self._device = max_context, torch.device(device)
         directory = checkpoint_directory(model)
-        read_config(directory)  # refuses quantised checkpoints
+        read_config(directory)  # refuses formats that cannot be read
+        stored = nf4_projections(tensor_names(directory))
+        self._base = base_format(base, stored)
         self.config = AutoConfig.from_pretrained(directory)
         _check_arguments(self.config, dtype, max_context, self._device)
         given = dict(engine_kwargs or {})
@@ -104,7 +111,9 @@ class VLLMEngine(Lifecycle):
             if fp32_head:
                 options["hf_overrides"] = {"head_dtype": "float32"}
             tied = self.config.tie_word_embeddings
-            session = SharingSession(lora, seed, tied, lambda *loaded: self._size_kv_cache(options, *loaded))
+            session = SharingSession(
+                lora, seed, tied, self._base, stored, lambda *loaded: self._size_kv_cache(options, *loaded)
+            )
             _require_first()
             with sharing(session):
                 self._engine = _start(options)
@@ -127,11 +136,13 @@ class VLLMEngine(Lifecycle):
             "use_tqdm_on_load": False,
         }
         if kind == "cpu":
-            options["enforce_eager"] = True
+            # Of a seeded prompt in pieces vLLM takes random numbers back, which a CPU's generator cannot do.
+            options |= {"enforce_eager": True, "enable_chunked_prefill": False}
         elif "enforce_eager" not in given:
             options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
         options |= given
-        options.setdefault("max_num_batched_tokens", max(PREFILL_TOKENS[kind], options["max_num_seqs"]))
+        whole = 0 if options.get("enable_chunked_prefill", True) else self.max_context
+        options.setdefault("max_num_batched_tokens", max(PREFILL_TOKENS[kind], options["max_num_seqs"], whole))
         options |= {
             "model": str(directory),
             "quantization": "colora",
@@ -147,7 +158,8 @@ class VLLMEngine(Lifecycle):
             "distributed_executor_backend": "uni",
             "gpu_memory_utilization": 0.01,  # only checked against what is free: the KV cache's size is given
             # vLLM keeps compiled graphs on disk and the adapter's shape is not among what it looks them up by.
-            "additional_config": dict(given.get("additional_config") or {}) | {"colora": _fingerprint(lora)},
+            "additional_config": dict(given.get("additional_config") or {})
+            | {"colora": _fingerprint(lora, self._base)},
         }
         if kind == "cuda":
             options |= {"enable_sleep_mode": True, "worker_cls": f"{__package__}.vllm_worker.KVPoolWorker"}
@@ -172,6 +184,7 @@ class VLLMEngine(Lifecycle):
             max_sequences=sequences,
             max_context=self.max_context,
             prefill_tokens=prefill,
+            saved_by_nf4=nf4_saves(session.weights.layout, dtype, self._base),
         )
         cache.kv_cache_memory_bytes = self.kv_cache_bytes
 
@@ -220,6 +233,7 @@ class VLLMEngine(Lifecycle):
             segments=[Segment(list(completion.token_ids), "model", logprobs)],
             finish_reason=completion.finish_reason,
             seed=request.seed,
+            cached_tokens=output.num_cached_tokens or 0,
         )
 
     @property
@@ -361,8 +375,10 @@ def _vllm_request(request: RolloutRequest) -> tuple["TokensInput", "vllm.Samplin
     )
 
 
-def _fingerprint(lora: LoraConfig | None) -> str:
-    """Tells adapters of different shapes apart."""
-    settings = {} if lora is None else {"r": lora.r, "targets": lora.target_modules, "excluded": lora.exclude_modules}
+def _fingerprint(lora: LoraConfig | None, base: BaseFormat) -> str:
+    """Tells adapters of different shapes, and bases of different formats, apart."""
+    settings: dict[str, Any] = {"base": [base.name, sorted(base.only or ())]}
+    if lora is not None:
+        settings |= {"r": lora.r, "targets": lora.target_modules, "excluded": lora.exclude_modules}
     text = json.dumps(settings, default=sorted, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

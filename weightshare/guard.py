@@ -132,7 +132,7 @@ def check_storage(weights: SharedWeights, engine_tensors: Mapping[str, Tensor]) 
     if weights.layout.tied_head:
         held[HEAD] = weights.head
     for name, linear in weights.linears.items():
-        held[f"{name}.weight"] = linear.weight.rows(0, linear.weight.out_features)
+        held |= {f"{name}.{key}": tensor for key, tensor in linear.weight.tensors().items()}
         if linear.bias is not None:
             held[f"{name}.bias"] = linear.bias
         if linear.slot is not None:

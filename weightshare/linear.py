@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.lora_add import LoraPart, lora_add_
-from ..kernels.lora_training import lora_training
-from .storage import DenseWeight, WeightStorage
+from ..kernels.lora_add import LoraPart
+from ..kernels.lora_training import lora_training, lora_training_reference
+from .storage import WeightStorage
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class OutputPart:
     name: str
     start: int
     stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass
@@ -61,16 +65,25 @@ class SharedLinear:
             return self.weight.linear(x, self.bias)
         slot = self.slot
         update = (slot.a, slot.b, slot.master_a, slot.master_b, slot.scale, slot.parts)
-        if isinstance(self.weight, DenseWeight) and not reference:
-            return lora_training(x, self.weight.tensor, self.bias, *update)
-        return lora_add_(self.weight.linear(x, self.bias), x, *update)
+        compute = lora_training_reference if reference else lora_training
+        return compute(x, self.weight.operand, self.bias, *update)
 
     def part_name(self, part: OutputPart) -> str:
         """Hugging Face's module name of one part, e.g. `model.layers.0.self_attn.q_proj`."""
         return f"{self.name.rsplit('.', 1)[0]}.{part.name}"
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face's parameter names of this projection's parts -> their dense shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in self.parts:
+            rows = part.stop - part.start
+            shapes[f"{self.part_name(part)}.weight"] = (rows, self.weight.in_features)
+            if self.bias is not None:
+                shapes[f"{self.part_name(part)}.bias"] = (rows,)
+        return shapes
+
     def dense_parameters(self) -> dict[str, Tensor]:
-        """Hugging Face's parameter names of this projection's parts -> views of the shared tensors."""
+        """The same names -> views of the shared tensors; of a quantised base its weights, decoded."""
         named: dict[str, Tensor] = {}
         for part in self.parts:
             named[f"{self.part_name(part)}.weight"] = self.weight.rows(part.start, part.stop)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .weights import EMBEDDING, HEAD, SharedWeights
+from ..kernels.nf4 import NF4Tensor, dequantize
+from .base_format import SUPPORTED, BaseFormat, base_format, check_quantization
+from .nf4_weight import NF4Weight
+from .weights import EMBEDDING, HEAD, ModelLayout, SharedWeights
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # weights, configs, tokenizers
@@ -25,6 +29,7 @@ HARMLESS = (
     "multi_modal_projector.",
 )  # parts of names that are not the decoder's
 NAMES_SHOWN = 5
+Stored = Tensor | NF4Tensor
 
 
 def checkpoint_directory(model: str | Path) -> Path:
@@ -51,15 +56,10 @@ def checkpoint_directory(model: str | Path) -> Path:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint as it stands.
 
-    Raises ValueError where it is missing, not JSON, or of quantised weights.
+    Raises ValueError where it is missing, not JSON, or of weights in a quantised format that cannot be read.
     """
     config = _read_json(directory / "config.json", "the directory holds no transformers checkpoint")
-    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown")
-        raise ValueError(
-            f"{directory}: the checkpoint is quantised ({method}), which is not supported; use the unquantised one"
-        )
+    check_quantization(config, str(directory))
     return config
 
 
@@ -101,41 +101,57 @@ def shard_files(directory: Path) -> list[Path]:
     raise ValueError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
 
 
+def tensor_names(directory: str | Path) -> list[str]:
+    """The names of every tensor of a checkpoint, from the heads of its files. Raises as `read_checkpoint` does."""
+    names: list[str] = []
+    for shard in shard_files(Path(directory)):
+        with _open_shard(shard) as tensors:
+            names += tensors.keys()
+    return names
+
+
 def read_checkpoint(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """(name, CPU tensor) for every tensor of a checkpoint; a shard is unmapped before the next is opened.
 
     Raises ValueError where a shard is missing or is not a complete safetensors file.
     """
     for shard in shard_files(Path(directory)):
-        try:
-            with safe_open(shard, framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{shard} is truncated or corrupt ({error}); copy or download it again") from error
+        with _open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
+                yield name, tensors.get_tensor(name)
 
 
-def load_weights(weights: SharedWeights, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy named tensors of a checkpoint into shared storage, casting to its dtype; each is released before the next.
+@contextmanager
+def _open_shard(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is truncated or corrupt ({error}); copy or download it again") from error
+
+
+def load_weights(weights: SharedWeights, tensors: Iterable[tuple[str, Stored]]) -> None:
+    """Copy named tensors of a checkpoint into shared storage, in its format; each is released before the next.
 
     Args:
         weights: filled in place, completely.
-        tensors: (Hugging Face parameter name, tensor), in any order. The decoder of a multimodal checkpoint is taken
-            out of it; vision towers and rotary buffers are passed over.
+        tensors: (Hugging Face parameter name, tensor), in any order; quantised ones as `bnb_checkpoint.assemble` gives
+            them. The decoder of a multimodal checkpoint is taken out of it; vision towers and rotary buffers are passed
+            over.
 
     Raises:
         ValueError: tensors that are missing, unexpected, of another shape or not floating point; a head that differs
             from the embedding it is tied to.
     """
-    destinations = _destinations(weights)
+    places = destinations(weights)
     tied = weights.layout.tied_head
     loaded: set[str] = set()
     unexpected: list[str] = []
-    tied_head: Tensor | None = None
+    tied_head: Stored | None = None
     for stored_name, tensor in tensors:
-        name = _decoder_name(stored_name, destinations)
+        name = _decoder_name(stored_name, places)
         if name is not None:
-            _copy(destinations[name], name, tensor)
+            places[name].write(name, tensor)
             loaded.add(name)
         elif tied and stored_name in (HEAD, f"language_model.{HEAD}"):
             tied_head = tensor
@@ -145,35 +161,93 @@ def load_weights(weights: SharedWeights, tensors: Iterable[tuple[str, Tensor]]) 
         raise ValueError(
             f"the checkpoint has {len(unexpected)} tensors that its config.json does not describe: {_some(unexpected)}"
         )
-    missing = sorted(destinations.keys() - loaded)
+    missing = sorted(places.keys() - loaded)
     if missing:
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensors that its config.json describes: {_some(missing)}; "
             "it is incomplete, or the two do not belong together"
         )
-    if tied_head is not None and not torch.equal(weights.embedding, tied_head.to(weights.embedding)):
+    if tied_head is not None and not same_values(weights.embedding, tied_head):
         raise ValueError(
             f"config.json ties {HEAD} to {EMBEDDING}, but the checkpoint's differ; set its tie_word_embeddings to false"
         )
 
 
 @dataclass(frozen=True)
-class _Destination:
+class Destination:
+    """Where a parameter of the checkpoint goes.
+
+    Attributes:
+        shape: its dense shape.
+        write_dense, write_nf4: write it there; NF4 into a vector: None.
+        quantises: whether it is NF4 there.
+    """
+
     shape: tuple[int, ...]
-    write: Callable[[Tensor], Any]
+    write_dense: Callable[[Tensor], Any]
+    write_nf4: Callable[[NF4Tensor], Any] | None
+    quantises: bool = False
+
+    def check(self, name: str, stored: Stored) -> None:
+        """Raise ValueError, naming the tensor, where it does not fit."""
+        if isinstance(stored, Tensor) and (not stored.is_floating_point() or stored.element_size() < 2):
+            raise ValueError(f"{name} is stored as {stored.dtype}, a quantised format that is not known. {SUPPORTED}")
+        if tuple(stored.shape) != self.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(stored.shape)} in the checkpoint, its config.json says {self.shape}"
+            )
+
+    @torch.no_grad()
+    def write(self, name: str, stored: Stored) -> None:
+        """Check and write it."""
+        self.check(name, stored)
+        if isinstance(stored, NF4Tensor):
+            assert self.write_nf4 is not None  # NF4 tensors are matrices, and so is what they fit
+            self.write_nf4(stored)
+            return
+        try:
+            self.write_dense(stored)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
-def _destinations(weights: SharedWeights) -> dict[str, _Destination]:
+def destinations(weights: SharedWeights) -> dict[str, Destination]:
     """Where each parameter of the checkpoint goes, by Hugging Face name."""
-    found = {name: _Destination(tuple(tensor.shape), tensor.copy_) for name, tensor in weights.tensors.items()}
+    found = {name: _of_tensor(tensor) for name, tensor in weights.tensors.items()}
     for linear in weights.linears.values():
         for part in linear.parts:
             name, rows = linear.part_name(part), part.stop - part.start
-            write = partial(linear.weight.load_rows, part.start)
-            found[f"{name}.weight"] = _Destination((rows, linear.weight.in_features), write)
+            found[f"{name}.weight"] = Destination(
+                (rows, linear.weight.in_features),
+                partial(linear.weight.load_rows, part.start),
+                partial(linear.weight.load_nf4, part.start),
+                quantises=isinstance(linear.weight, NF4Weight),
+            )
             if linear.bias is not None:
-                found[f"{name}.bias"] = _Destination((rows,), linear.bias[part.start : part.stop].copy_)
+                found[f"{name}.bias"] = _of_tensor(linear.bias[part.start : part.stop])
     return found
+
+
+def _of_tensor(tensor: Tensor) -> Destination:
+    decode = partial(dequantize, dtype=tensor.dtype, out=tensor) if tensor.ndim == 2 else None
+    return Destination(tuple(tensor.shape), tensor.copy_, decode)
+
+
+def same_values(tensor: Tensor, stored: Stored) -> bool:
+    """Whether a tensor is what writing `stored` to it would make of it."""
+    return torch.equal(tensor, dense(stored, tensor.dtype).to(tensor))
+
+
+def dense(stored: Stored, dtype: torch.dtype) -> Tensor:
+    """A quantised tensor decoded to `dtype`; another as it is."""
+    return dequantize(stored, dtype) if isinstance(stored, NF4Tensor) else stored
+
+
+def base_of(layout: ModelLayout, base: str, stored: Iterable[str]) -> BaseFormat:
+    """`base_format` for a checkpoint that has the modules `stored` in NF4, under names of its own."""
+    parts = {f"{part}.weight" for spec in layout.linears for part in spec.part_names()}
+    names = (_decoder_name(f"{module}.weight", parts) for module in stored)
+    return base_format(base, {name.removesuffix(".weight") for name in names if name is not None})
 
 
 def _decoder_name(stored_name: str, known: Container[str]) -> str | None:
@@ -181,19 +255,6 @@ def _decoder_name(stored_name: str, known: Container[str]) -> str | None:
     candidates = [stored_name, f"model.{stored_name}", stored_name.removeprefix("language_model.")]
     candidates += [f"model.{stored_name.removeprefix(prefix)}" for prefix in TEXT_PREFIXES]
     return next((name for name in candidates if name in known), None)
-
-
-@torch.no_grad()
-def _copy(destination: _Destination, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(
-            f"{name} is stored as {tensor.dtype}: quantised weights are not supported; use unquantised ones"
-        )
-    if tuple(tensor.shape) != destination.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} in the checkpoint, its config.json says {destination.shape}"
-        )
-    destination.write(tensor)
 
 
 def _some(names: list[str]) -> str:

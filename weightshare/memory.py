@@ -1,4 +1,4 @@
-"""How large vLLM's KV cache may be: from the card, the weights that are loaded already, and the configuration.
+"""Whether the weights fit, and how large vLLM's KV cache may be: from the card, what is loaded, and the configuration.
 
 The KV cache is the only large thing that comes and goes; everything else is resident. So its size is what is free once
 the weights are there, less a reserve for what is allocated later, and never more than the sequences that can run at
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
+
+from ..kernels.nf4 import BLOCK
+from .base_format import NF4, BaseFormat
+from .weights import ModelLayout
 
 GIB = 2**30
 MASTER_STATE_BYTES = 12  # an fp32 gradient and Adam's two moments, allocated at the first optimizer step
@@ -105,10 +109,44 @@ def free_bytes(device: torch.device) -> int:
     return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, CPU_LIMIT)
 
 
+def nf4_saves(layout: ModelLayout, dtype: torch.dtype, base: BaseFormat) -> int:
+    """Bytes that base='nf4' would save, 0 where it is set or the model cannot be held so."""
+    if base.name == NF4.name or any(spec.in_features % BLOCK for spec in layout.linears):
+        return 0
+    return layout.nbytes(dtype, base) - layout.nbytes(dtype, NF4)
+
+
+def check_fits(layout: ModelLayout, dtype: torch.dtype, base: BaseFormat, device: torch.device) -> None:
+    """Raise ValueError where a GPU has no room for a base, with what would fit."""
+    if device.type != "cuda":
+        return
+    free, needed = free_bytes(device), layout.nbytes(dtype, base)
+    if needed <= free:
+        return
+    saved = nf4_saves(layout, dtype, base)
+    advice = f"Set base='nf4', with which they need {_size(needed - saved)}" if saved else "Use a smaller model"
+    if saved and needed - saved > free:
+        advice = f"Even with base='nf4' they would need {_size(needed - saved)}: use a smaller model"
+    raise ValueError(
+        f"the weights need {_size(needed)} ({base.name}, {dtype}), and {_size(free)} of the GPU's memory are free. "
+        f"{advice}, or free memory that other processes hold"
+    )
+
+
 def kv_cache_bytes(
-    layout: KVLayout, *, free: int, reserve: int, max_sequences: int, max_context: int, prefill_tokens: int
+    layout: KVLayout,
+    *,
+    free: int,
+    reserve: int,
+    max_sequences: int,
+    max_context: int,
+    prefill_tokens: int,
+    saved_by_nf4: int = 0,
 ) -> int:
     """The KV cache's size: all that is free less the reserve, at most what `max_sequences` full contexts need.
+
+    Args:
+        saved_by_nf4: what base='nf4' would leave free in addition; 0 where it is set.
 
     Raises:
         ValueError: not even one sequence of `max_context` fits; says how much is missing and what helps.
@@ -119,6 +157,8 @@ def kv_cache_bytes(
         fitting = max(0, int((available - layout.block_bytes) // (layout.layer_slots * layout.token_bytes)))
         fitting -= fitting % layout.block_size
         advice = f"Lower max_context to {fitting}" if fitting else "Use a smaller model"
+        if saved_by_nf4:
+            advice = f"Set base='nf4', which saves {_size(saved_by_nf4)} of the weights. {advice}"
         raise ValueError(
             f"too little memory for the KV cache of one sequence of {max_context} tokens: it needs {_size(least)}, and "
             f"of the {_size(free)} left beside the weights {_size(reserve)} are kept for activations, graphs and the "

@@ -3,8 +3,10 @@
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.frozen import FrozenWeight, frozen_linear
+from ..kernels.nf4 import NF4Tensor, dequantize
 
 
 class WeightStorage(Protocol):
@@ -24,16 +26,29 @@ class WeightStorage(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def operand(self) -> FrozenWeight:
+        """The matrix as kernels take it: the very tensors that are stored."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by the name that a module gives to it; to compare who holds the same memory."""
+        ...
+
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> x @ W.T + bias (..., out), differentiable in x."""
         ...
 
     def load_rows(self, start: int, rows: Tensor) -> None:
-        """Write `rows` (n, in) at row `start`; a quantised storage quantises here."""
+        """Write `rows` (n, in) at row `start`; a quantised storage quantises here, and takes whole projections."""
+        ...
+
+    def load_nf4(self, start: int, rows: NF4Tensor) -> None:
+        """Write one projection that is quantised already at row `start`; a dense storage decodes it."""
         ...
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The dense rows [start, stop): a view where the storage is dense."""
+        """The dense rows [start, stop): a view where the storage is dense, else decoded into new memory."""
         ...
 
 
@@ -66,11 +81,21 @@ class DenseWeight:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
+    @property
+    def operand(self) -> Tensor:
+        return self.tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.tensor}
+
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.tensor, bias)
+        return frozen_linear(x, self.tensor, bias)
 
     def load_rows(self, start: int, rows: Tensor) -> None:
         self.tensor[start : start + rows.shape[0]].copy_(rows)
+
+    def load_nf4(self, start: int, rows: NF4Tensor) -> None:
+        dequantize(rows, self.dtype, out=self.tensor[start : start + rows.shape[0]])
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.tensor[start:stop]

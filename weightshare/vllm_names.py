@@ -89,7 +89,12 @@ NAMES = (
     VLLMName("vllm.platforms", "current_platform", ("device_type",), "what kind of device this vLLM was built for"),
     VLLMName("vllm.model_executor.models", "ModelRegistry", ("get_supported_archs",), "which models vLLM knows"),
     VLLMName(f"{_LAYERS}.quantization", "register_quantization_config", ("quantization",), "the plug-in"),
-    VLLMName(f"{_LAYERS}.quantization.base_config", "QuantizationConfig", ("get_quant_method",), "the plug-in"),
+    VLLMName(
+        f"{_LAYERS}.quantization.base_config",
+        "QuantizationConfig",
+        ("get_quant_method", "override_quantization_method"),
+        "the plug-in; checkpoints whose config.json names another method",
+    ),
     VLLMName(f"{_LAYERS}.quantization.base_config", "QuantizeMethodBase", ("create_weights", "apply"), "the plug-in"),
     VLLMName(f"{_LAYERS}.linear", "LinearMethodBase", ("create_weights", "apply"), "our linear"),
     VLLMName(f"{_LAYERS}.linear", "LinearBase", ("input_size", "output_size", "bias"), "which layers are linears"),

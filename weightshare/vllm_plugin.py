@@ -13,76 +13,36 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.utils import set_weight_attrs
 
-from ..kernels.lora_linear import PartOffsets, lora_linear
+from ..kernels.lora_linear import PartOffsets
+from ..kernels.nf4 import NF4Tensor
 from .adapter import Adapter
+from .base_format import BaseFormat
+from .bnb_checkpoint import assemble
 from .linear import SharedLinear
-from .loading import HARMLESS, NAMES_SHOWN
+from .loading import HARMLESS, NAMES_SHOWN, dense, destinations, same_values
+from .nf4_weight import NF4Weight
 from .storage import DenseWeight
+from .vllm_linear import NF4LinearMethod, SharedEmbeddingMethod, SharedLinearMethod
 from .weights import HEAD, LinearLayout, ModelLayout, SharedWeights
 
 NAME = "colora"  # of the quantization method and of the load format
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class SharedLinearMethod(LinearMethodBase):
-    """A dense linear whose weight is left as it is loaded, and its LoRA slot."""
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Make `layer.weight` (out, in); the attributes tell vLLM's loader where the rows of each part go."""
-        weight = nn.Parameter(
-            torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype), requires_grad=False
-        )
-        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0} | extra_weight_attrs)
-        layer.register_parameter("weight", weight)
-        layer.part_rows = list(output_partition_sizes)
-        layer.lora_offsets = None
-        layer.register_buffer("stacked_weight", None, persistent=False)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) -> (..., out); traced and captured by vLLM."""
-        if layer.lora_offsets is None:
-            return F.linear(x, layer.weight, bias)
-        return lora_linear(
-            x, layer.weight, bias, layer.lora_slot_a, layer.lora_slot_b, layer.lora_offsets, layer.stacked_weight
-        )
-
-
-class SharedEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """The embedding and the head as they are loaded: vLLM's CPU build would multiply by a packed copy of the head."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leave the weight alone."""
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., hidden_size) -> logits (..., padded vocabulary)."""
-        return F.linear(x, layer.weight, bias)
-
-
 @register_quantization_config(NAME)
 class SharedConfig(QuantizationConfig):
-    """What vLLM asks for a layer's method. Nothing is quantised: this is vLLM's public place for one's own linears."""
+    """What vLLM asks for a layer's method: its public place for one's own linears, quantised or not."""
 
     def get_name(self) -> str:
         return NAME
@@ -102,9 +62,18 @@ class SharedConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "SharedConfig":
         return cls()
 
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **_: Any) -> str | None:
+        """Ours, also for a checkpoint whose config.json names bitsandbytes."""
+        return NAME if user_quant == NAME else None
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            return SharedLinearMethod()
+            parent, _, own_name = prefix.rpartition(".")
+            parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(own_name, [own_name])]
+            base = _SESSION.get().base
+            base.check([(parts, layer.input_size)])
+            return NF4LinearMethod() if base.is_nf4(parts) else SharedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):  # the head is one as well
             return SharedEmbeddingMethod()
         return None
@@ -118,6 +87,8 @@ class SharingSession:
         lora: the adapter to make on the loaded weights, or None for the bare base.
         seed: of the adapter's initialisation.
         tied_head: what the checkpoint's config.json says.
+        base: the format to hold the projections in.
+        stored: modules that the checkpoint has in NF4.
         on_loaded: called with vLLM's configuration once weights and slots are allocated, before the KV cache is.
         model, weights, adapter: there once the checkpoint is loaded; `model` is vLLM's module.
     """
@@ -125,6 +96,8 @@ class SharingSession:
     lora: LoraConfig | None
     seed: int
     tied_head: bool
+    base: BaseFormat
+    stored: frozenset[str]
     on_loaded: Callable[["SharingSession", VllmConfig], None]
     model: nn.Module = field(init=False)
     weights: SharedWeights = field(init=False)
@@ -152,10 +125,13 @@ class SharingSession:
 
 
 def _stack_beneath(model: nn.Module, linear: SharedLinear, shape: tuple[int, int]) -> Tensor:
-    """Move a projection's weight into a matrix with room for its stacked A beneath, and return that room.
+    """Move a dense projection's weight into a matrix with room for its stacked A beneath, and return that room.
 
-    One product with the whole matrix then gives base and x A^T (kernels.lora_up).
+    One product with the whole matrix then gives base and x A^T (kernels.lora_up). An NF4 projection stays: its A has
+    memory of its own.
     """
+    if not isinstance(linear.weight, DenseWeight):
+        return torch.zeros(shape, dtype=linear.weight.dtype, device=linear.weight.device)
     layer, rows = model.get_submodule(linear.name), linear.weight.out_features
     weight = layer.get_parameter("weight")
     stacked = weight.new_empty(rows + shape[0], shape[1])
@@ -187,38 +163,55 @@ class SharedModelLoader(DefaultModelLoader):
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
-        """Every tensor of the checkpoint. vLLM does not notice missing ones where a quantization method is in use."""
+        """Every tensor of the checkpoint that vLLM is to load; what is quantised, here or there, is written at once.
+
+        vLLM does not notice missing tensors where a quantization method is in use.
+        """
         session, weights = _SESSION.get(), shared_weights(model)
-        missing = {name: tuple(tensor.shape) for name, tensor in weights.dense_parameters()}
+        places = destinations(weights)
+        missing = set(places) - ({HEAD} if session.tied_head else set())
         tied_head = None
-        if session.tied_head:
-            missing.pop(HEAD, None)
-        for name, tensor in super().get_all_weights(model_config, model):
+        for name, tensor in assemble(super().get_all_weights(model_config, model), session.stored, weights.device):
             if name == HEAD and session.tied_head:
                 tied_head = tensor
             elif name in missing:
-                _check_stored(name, tensor, missing.pop(name))
+                missing.remove(name)
+                if places[name].quantises or isinstance(tensor, NF4Tensor):
+                    places[name].write(name, tensor)
+                    continue
+                places[name].check(name, tensor)
             elif not any(part in name for part in HARMLESS):
                 raise ValueError(
                     f"the checkpoint has {name}, for which vLLM's {type(model).__name__} has no place: config.json "
                     "does not describe it, or vLLM does not know that option; then set engine='transformers'"
                 )
-            yield name, tensor
+            yield name, dense(tensor, weights.dtype)
         if missing:
             some = ", ".join(sorted(missing)[:NAMES_SHOWN])
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors that its config.json describes: {some}; "
                 "it is incomplete, or the two do not belong together"
             )
-        if tied_head is not None and not torch.equal(weights.embedding, tied_head.to(weights.embedding)):
+        if tied_head is not None and not same_values(weights.embedding, tied_head):
             raise ValueError("config.json ties the head to the embedding, but the checkpoint's differ; correct it")
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         session = _SESSION.get()
         model = super().load_model(vllm_config, model_config, prefix)
         session.bind(model)
+        _tune_products(session.weights)
         session.on_loaded(session, vllm_config)
         return model
+
+
+def _tune_products(weights: SharedWeights) -> None:
+    """Measure which NF4 kernel suits this GPU, once for each shape: later they are captured in graphs."""
+    nf4 = [linear.weight for linear in weights.linears.values() if isinstance(linear.weight, NF4Weight)]
+    if nf4 and weights.device.type == "cuda" and weights.dtype.itemsize == 2:
+        from ..kernels.nf4_tuning import tune_unknown  # where there is a GPU there is Triton
+
+        shapes = dict.fromkeys((weight.out_features, weight.in_features) for weight in nf4)
+        tune_unknown(shapes, weights.dtype, weights.device)
 
 
 def shared_weights(model: nn.Module) -> SharedWeights:
@@ -259,19 +252,11 @@ def _shared_linear(name: str, module: Any, fused: Mapping[str, list[str]]) -> Sh
     own_name = name.rpartition(".")[2]
     names = fused.get(own_name, [own_name])
     bias = module.bias.detach() if module.bias is not None else None
-    layout = LinearLayout(name, tuple(zip(names, module.part_rows, strict=True)), module.weight.shape[1])
-    return SharedLinear(name, layout.output_parts(), DenseWeight(module.weight), bias)
+    weight = module.quant_method.storage(module)
+    layout = LinearLayout(name, tuple(zip(names, module.part_rows, strict=True)), weight.in_features)
+    return SharedLinear(name, layout.output_parts(), weight, bias)
 
 
 def _layout(linear: SharedLinear) -> LinearLayout:
     parts = tuple((part.name, part.stop - part.start) for part in linear.parts)
     return LinearLayout(linear.name, parts, linear.weight.in_features, linear.bias is not None)
-
-
-def _check_stored(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(
-            f"{name} is stored as {tensor.dtype}: quantised weights are not supported; use unquantised ones"
-        )
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, its config.json says {shape}")

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .base_format import DENSE, BaseFormat
 from .linear import OutputPart, SharedLinear
-from .storage import DenseWeight
+from .nf4_weight import NF4Weight
+from .storage import DenseWeight, WeightStorage
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -26,6 +28,11 @@ class LinearLayout:
     def out_features(self) -> int:
         return sum(rows for _, rows in self.parts)
 
+    def part_names(self) -> list[str]:
+        """Hugging Face's module names of the parts."""
+        parent = self.name.rpartition(".")[0]
+        return [f"{parent}.{name}" for name, _ in self.parts]
+
     def output_parts(self) -> tuple[OutputPart, ...]:
         parts, start = [], 0
         for name, rows in self.parts:
@@ -41,6 +48,14 @@ class ModelLayout:
     linears: tuple[LinearLayout, ...]
     tensors: dict[str, tuple[int, ...]]
     tied_head: bool
+
+    def check_base(self, base: BaseFormat) -> None:
+        """Raise ValueError, naming the tensor, where a projection cannot be held in this format."""
+        base.check((spec.part_names(), spec.in_features) for spec in self.linears)
+
+    def nbytes(self, dtype: torch.dtype, base: BaseFormat) -> int:
+        """Bytes of a base with this layout, as `SharedWeights.nbytes` would say of one."""
+        return SharedWeights.empty(self, dtype, "meta", base).nbytes
 
 
 @dataclass
@@ -61,11 +76,21 @@ class SharedWeights:
     adapter_on: bool = field(default=True, init=False)
 
     @classmethod
-    def empty(cls, layout: ModelLayout, dtype: torch.dtype, device: torch.device | str) -> "SharedWeights":
-        """Uninitialised dense storage of the given layout."""
+    def empty(
+        cls, layout: ModelLayout, dtype: torch.dtype, device: torch.device | str, base: BaseFormat = DENSE
+    ) -> "SharedWeights":
+        """Uninitialised storage of the given layout, its projections in the given format.
+
+        Raises ValueError where that format cannot hold a projection.
+        """
+        layout.check_base(base)
         linears = {}
         for spec in layout.linears:
-            weight = DenseWeight.empty(spec.out_features, spec.in_features, dtype, device)
+            weight: WeightStorage
+            if base.is_nf4(spec.part_names()):
+                weight = NF4Weight([rows for _, rows in spec.parts], spec.in_features, dtype, device)
+            else:
+                weight = DenseWeight.empty(spec.out_features, spec.in_features, dtype, device)
             bias = torch.empty(spec.out_features, dtype=dtype, device=device) if spec.bias else None
             linears[spec.name] = SharedLinear(spec.name, spec.output_parts(), weight, bias)
         tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in layout.tensors.items()}
@@ -95,8 +120,25 @@ class SharedWeights:
             + sum(t.nbytes for t in self.tensors.values())
         )
 
+    @property
+    def base(self) -> str:
+        """`nf4` where a projection is held so, else `dense`."""
+        return "nf4" if any(isinstance(linear.weight, NF4Weight) for linear in self.linears.values()) else "dense"
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The dense shape of every parameter of the checkpoint, by Hugging Face name."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if self.layout.tied_head:
+            shapes[HEAD] = tuple(self.head.shape)
+        for linear in self.linears.values():
+            shapes |= linear.parameter_shapes()
+        return shapes
+
     def dense_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face parameter name, view of the shared tensor) for every parameter of the checkpoint."""
+        """(Hugging Face parameter name, view of the shared tensor) for every parameter of the checkpoint.
+
+        Of a quantised projection its weights are decoded, for as long as the caller keeps them.
+        """
         yield from self.tensors.items()
         if self.layout.tied_head:
             yield HEAD, self.head

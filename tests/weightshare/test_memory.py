@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
-from colora.weightshare.memory import GIB, KVLayout, free_bytes, kv_cache_bytes, reserve_bytes
+from colora.rl.families import block_spec, model_layout
+from colora.weightshare import memory
+from colora.weightshare.base_format import DENSE, NF4
+from colora.weightshare.memory import GIB, KVLayout, check_fits, free_bytes, kv_cache_bytes, nf4_saves, reserve_bytes
 from transformers import Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 QWEN3_4B = Qwen3Config(
@@ -85,3 +88,53 @@ def test_reserve_grows_with_what_is_allocated_later() -> None:
 
 def test_free_memory_of_this_machine() -> None:
     assert 0 < free_bytes(torch.device("cpu")) <= 4 * GIB
+
+
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+CARD = torch.device("cuda")
+
+
+def test_the_base_in_four_bits() -> None:
+    """8B parameters: 6.95e9 of them in linears; embedding and head, 1.24e9, stay in 16 bits."""
+    layout = model_layout(block_spec(QWEN3_8B))
+    saved = nf4_saves(layout, torch.bfloat16, DENSE)
+    assert layout.nbytes(torch.bfloat16, NF4) == layout.nbytes(torch.bfloat16, DENSE) - saved
+    assert saved == pytest.approx(6.946e9 * (2 - 4.15 / 8), rel=0.002)
+    assert nf4_saves(layout, torch.bfloat16, NF4) == 0
+    assert nf4_saves(model_layout(block_spec(Qwen3Config(hidden_size=96))), torch.bfloat16, DENSE) == 0
+
+
+def test_a_card_too_small_for_the_weights_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = model_layout(block_spec(QWEN3_8B))
+    check_fits(layout, torch.bfloat16, DENSE, torch.device("cpu"))
+    for free, base, message in (
+        (
+            12,
+            DENSE,
+            r"the weights need 15.26 GiB \(dense, torch.bfloat16\), and 12.00 GiB .* Set base='nf4', .* 5.67 GiB",
+        ),
+        (4, DENSE, r"Even with base='nf4' they would need 5.67 GiB: use a smaller model, or free memory"),
+        (4, NF4, r"the weights need 5.67 GiB \(nf4, .* Use a smaller model, or free memory"),
+    ):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free * GIB)
+        with pytest.raises(ValueError, match=message):
+            check_fits(layout, torch.bfloat16, base, CARD)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * GIB)
+    check_fits(layout, torch.bfloat16, NF4, CARD)
+
+
+def test_a_cache_too_small_names_the_base_in_four_bits() -> None:
+    few = {"free": 6 * GIB, "reserve": 3 * GIB, "prefill_tokens": 8192, "max_sequences": 64, "max_context": 32768}
+    with pytest.raises(ValueError, match=r"Set base='nf4', which saves 4.00 GiB of the weights. Lower max_context to"):
+        kv_cache_bytes(LAYOUT_4B, **few, saved_by_nf4=4 * GIB)
+    with pytest.raises(ValueError) as caught:
+        kv_cache_bytes(LAYOUT_4B, **few)
+    assert "nf4" not in str(caught.value)

@@ -1,0 +1,163 @@
+"""NF4 on the GPU: how a kernel decodes a block, and the two passes over a whole matrix, quantise and dequantise.
+
+The values are those of `nf4.py`, bit for bit. A decoded weight is codebook[code] * absmax, an fp32 product that is
+rounded once, so nothing coarser than fp32 may stand in for the 16 values: each lane of a warp holds one of them in a
+register and a code is looked up by a shuffle. That is one shuffle, one shift and one product a weight and half a
+rounding (two at a time), with no table in memory to fill or to run into bank conflicts over.
+
+Bytes of `dequantize`: 4.14 bits read and the result written, once; of `quantize_blocks`: the weights read and 4.5 bits
+written, once. Neither rounds anything that the plain version does not.
+"""
+
+import struct
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, HALF, NF4Tensor
+
+_DEQUANTIZED, _QUANTIZED = 128, 64  # blocks of a program
+
+
+def _lane_values() -> str:
+    """PTX that puts codebook[lane % 16] into a register of the whole function, `nf4_value`.
+
+    The register is named rather than an operand: a tensor made from a scalar would keep Triton from computing the
+    decoded weights in the layout in which the tensor cores take them.
+    """
+    values = [f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}" for value in CODEBOOK.tolist()]
+    choose = " ".join(
+        f"setp.eq.u32 here, lane, {code}; selp.f32 nf4_value, {value}, nf4_value, here;"
+        for code, value in enumerate(values)
+    )
+    return (
+        ".reg .f32 nf4_value; { .reg .b32 lane; .reg .pred here; mov.u32 lane, %laneid; and.b32 lane, lane, 15; "
+        f"mov.f32 nf4_value, {values[0]}; {choose} mov.u32 $0, 0; }}"
+    )
+
+
+def _decode_four_bytes(packed_type: str) -> str:
+    """PTX: $4 four bytes, $5 the absmax -> $0, $1 the weights of the low nibbles, $2, $3 those of the high ones."""
+    lines = [".reg .b32 code<8>; .reg .f32 value<8>;"]
+    for weight in range(8):
+        shift = 8 * weight if weight < 4 else 8 * (weight - 4) + 4
+        lines += [
+            f"shr.u32 code{weight}, $4, {shift};",  # the shuffle takes the lowest bits; 16 lanes repeat the others
+            f"shfl.sync.idx.b32 value{weight}, nf4_value, code{weight}, 0x1f, 0xffffffff;",
+            f"mul.rn.f32 value{weight}, value{weight}, $5;",
+        ]
+    lines += [f"cvt.rn.{packed_type}.f32 ${i}, value{2 * i + 1}, value{2 * i};" for i in range(4)]
+    return "{ " + " ".join(lines) + " }"
+
+
+_PREPARE = tl.constexpr(_lane_values())
+_DECODE_BF16 = tl.constexpr(_decode_four_bytes("bf16x2"))
+_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f")
+_DECODE_FP16 = tl.constexpr(_decode_four_bytes("f16x2"))
+
+
+@triton.jit
+def prepare_decoding(PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """To be called once, first thing in a kernel that calls `decode`, by every thread of it."""
+    if not PLAIN:
+        tl.inline_asm_elementwise(_PREPARE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def decode(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes (n, 32) of one block a row and absmax (n,) -> weights (n, 64) of dtype.
+
+    PLAIN: without assembly, for the interpreter and for fp32; `tables` as `decoding_tables` makes it.
+    """
+    if PLAIN:
+        low = (tl.load(tables + 256 + (codes & 15).to(tl.int32)) * absmax[:, None]).to(dtype)
+        high = (tl.load(tables + 256 + (codes >> 4).to(tl.int32)) * absmax[:, None]).to(dtype)
+    elif dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _DECODE_BF16, _OPERANDS, [codes, absmax[:, None]], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _DECODE_FP16, _OPERANDS, [codes, absmax[:, None]], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (codes.shape[0], 2 * codes.shape[1]))
+
+
+@cache
+def decoding_tables(device: torch.device) -> Tensor:
+    """(272,) fp32: the map of the scale codes, then the codebook."""
+    return torch.cat((DYNAMIC_MAP, CODEBOOK)).to(device)
+
+
+@cache
+def _midpoints(device: torch.device) -> Tensor:
+    """(15,) fp32: a scaled weight above the first n of them has code n."""
+    return ((CODEBOOK[:-1] + CODEBOOK[1:]) / 2).to(device)
+
+
+@triton.jit
+def _dequantize(  # type: ignore[no-untyped-def]
+    codes, scale_codes, group_scales, group_start, offset, tables, out, all_blocks, row_blocks, out_stride,
+    BLOCKS: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    prepare_decoding(PLAIN)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    block = tl.minimum(block, all_blocks - 1)  # what is beyond writes the last block again
+    row = block // row_blocks
+    in_row = block - row * row_blocks
+    group = (tl.load(group_start + row) + in_row) >> 8
+    scale = tl.load(tables + tl.load(scale_codes + block).to(tl.int32)) * tl.load(group_scales + group)
+    packed = tl.load(codes + block[:, None].to(tl.int64) * 32 + tl.arange(0, 32)[None, :])
+    weight = decode(packed, scale + tl.load(offset + row), tables, out.dtype.element_ty, PLAIN)
+    first = row.to(tl.int64) * out_stride + in_row * 64
+    tl.store(out + first[:, None] + tl.arange(0, 64)[None, :], weight)
+
+
+@triton.jit
+def _quantize_blocks(weight, midpoints, codes, absmax, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    there = (block < blocks)[:, None]
+    half = tl.arange(0, 32)[None, :]
+    low = tl.load(weight + block[:, None] * 64 + half, mask=there, other=0.0).to(tl.float32)
+    high = tl.load(weight + block[:, None] * 64 + 32 + half, mask=there, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    reciprocal = tl.div_rn(
+        tl.full(largest.shape, 1.0, tl.float32), tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32))
+    )[:, None]
+    low, high = low * reciprocal, high * reciprocal
+    low_code, high_code = tl.zeros_like(low).to(tl.int32), tl.zeros_like(high).to(tl.int32)
+    for level in tl.static_range(4):  # a binary search for how many midpoints lie below
+        step = 8 >> level
+        low_code += tl.where(low > tl.load(midpoints + low_code + step - 1), step, 0)
+        high_code += tl.where(high > tl.load(midpoints + high_code + step - 1), step, 0)
+    tl.store(codes + block[:, None] * 32 + half, (low_code | (high_code << 4)).to(tl.uint8), mask=there)
+    tl.store(absmax + block, largest, mask=block < blocks)
+
+
+def dequantize(nf4: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The matrix (out, in) in `dtype` (bf16, fp16 or fp32), written to `out` (columns contiguous) where given."""
+    if out is None:
+        out = torch.empty(nf4.shape, dtype=dtype, device=nf4.device)
+    rows, row_blocks = nf4.scale_codes.shape
+    if rows:
+        _dequantize[(triton.cdiv(rows * row_blocks, _DEQUANTIZED),)](
+            *nf4.tensors(), decoding_tables(nf4.device), out, rows * row_blocks, row_blocks, out.stride(0),
+            BLOCKS=_DEQUANTIZED, PLAIN=not out.is_cuda or dtype == torch.float32, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, in), fp32, bf16 or fp16, finite -> codes (n, in / 2) uint8 and absmax (n, in / 64) fp32."""
+    rows, in_features = weight.shape
+    weight, blocks = weight.contiguous(), rows * (in_features // BLOCK)
+    codes = torch.empty(rows, in_features // BLOCK * HALF, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(rows, in_features // BLOCK, dtype=torch.float32, device=weight.device)
+    if blocks:
+        _quantize_blocks[(triton.cdiv(blocks, _QUANTIZED),)](
+            weight, _midpoints(weight.device), codes, absmax, blocks, BLOCKS=_QUANTIZED, num_warps=4
+        )
+    return codes, absmax

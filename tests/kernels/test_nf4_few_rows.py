@@ -1,0 +1,200 @@
+"""The NF4 product of few rows against the decoded weights in double precision, interpreted or on a card."""
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from colora.kernels import nf4
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+ON_CARD = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not ON_CARD and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a card or TRITON_INTERPRET=1"
+)
+DEVICE = "cuda" if ON_CARD else "cpu"
+# The interpreter multiplies the bits of bf16.
+BOUND = {torch.float16: 7e-4} | ({torch.bfloat16: 5e-3} if ON_CARD else {})
+Parts = tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`parts`: (first column, last column + 1, first row of A, first row of B) of each adapted output."""
+
+    rows: int
+    outs: tuple[int, ...]
+    in_features: int
+    rank: int = 0
+    parts: Parts = ()
+    bias: bool = False
+
+
+CASES = {
+    "one_row": Case(1, (64,), 64),
+    "rows_beyond_a_tile": Case(5, (100, 29), 256, bias=True),
+    "two_scale_codes_a_word": Case(8, (130,), 384),
+    "one_scale_code_a_word": Case(9, (70,), 192, bias=True),
+    "qkv": Case(3, (128, 64, 64), 512, 8, ((0, 128, 0, 0), (128, 192, 8, 128), (192, 256, 16, 192)), bias=True),
+    "v_alone_not_of_whole_tiles": Case(2, (100, 30, 30), 256, 5, ((130, 160, 0, 0),)),
+    "several_pieces_of_x_a": Case(4, (64,), 2304, 16, ((0, 64, 0, 0),)),
+    "more_ranks_than_a_tile": Case(2, (80, 48), 256, 64, ((0, 80, 0, 0), (80, 128, 64, 80))),
+    "two_slabs": Case(140, (72,), 256, 4, ((8, 40, 0, 0),)),
+}
+
+
+@dataclass
+class Operands:
+    x: Tensor
+    weight: nf4.NF4Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+
+
+def operands(case: Case, dtype: torch.dtype) -> Operands:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator, device=DEVICE)).to(dtype)
+
+    weight = nf4.empty(case.outs, case.in_features, DEVICE)
+    weight.codes.random_(0, 256, generator=generator)
+    weight.scale_codes.random_(0, 256, generator=generator)
+    weight.group_scales.uniform_(0.01, 0.03, generator=generator)
+    weight.offset.uniform_(0.04, 0.06, generator=generator)
+    b_rows = sum(stop - start for start, stop, _, _ in case.parts)
+    return Operands(
+        x=random(case.rows, case.in_features),
+        weight=weight,
+        bias=random(sum(case.outs)) if case.bias else None,
+        a=random(len(case.parts) * case.rank, case.in_features, scale=0.05),
+        b=random(b_rows, case.rank, scale=0.1),
+    )
+
+
+def exact(case: Case, given: Operands) -> Tensor:
+    """In double precision, of the weights that the trainer decodes."""
+    x = given.x.double()
+    y = x @ nf4.dequantize_reference(given.weight, given.x.dtype).double().T
+    if given.bias is not None:
+        y += given.bias.double()
+    for start, stop, a, b in case.parts:
+        u = x @ given.a[a : a + case.rank].double().T
+        y[:, start:stop] += u @ given.b[b : b + stop - start].double().T
+    return y
+
+
+def run(case: Case, given: Operands, **changes: object) -> Tensor:
+    from colora.kernels.nf4_few_rows import Adapter, Config, launch
+
+    config = replace(Config(outs=64, warps=4, blocks=4, buffers=2, splits=1), **changes)  # type: ignore[arg-type]
+    adapter = Adapter(given.a, given.b, case.parts) if case.parts else None
+    return launch(given.x, given.weight, given.bias, adapter, config)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_the_decoded_weights(case: Case, splits: int, dtype: torch.dtype) -> None:
+    from colora.kernels.nf4_few_rows import counters
+
+    given = operands(case, dtype)
+    ours, true = run(case, given, splits=splits), exact(case, given)
+    assert ours.shape == true.shape
+    assert ours.dtype == dtype
+    assert (ours.double() - true).norm() / true.norm() < BOUND[dtype]
+    assert not counters(given.x.device).any(), "the next launch would wait for nothing, or for ever"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"wgmma": True}, {"blocks": 1}, {"blocks": 2, "splits": 2}, {"outs": 128}], ids=str
+)
+def test_other_ways_to_cut_it_up(changes: dict[str, object]) -> None:
+    case = CASES["qkv"]
+    given = operands(case, torch.float16)
+    true = exact(case, given)
+    assert (run(case, given, **changes).double() - true).norm() / true.norm() < BOUND[torch.float16]
+
+
+def test_columns_that_each_pick_one_weight() -> None:
+    """x = the identity: the product is the matrix, bit for bit: every code, scale and column is where it should be."""
+    case = Case(64, (70, 30), 64)
+    for dtype in BOUND:
+        given = operands(case, dtype)
+        given.x = torch.eye(64, device=DEVICE, dtype=dtype)
+        assert torch.equal(run(case, given).T, nf4.dequantize_reference(given.weight, dtype))
+
+
+def test_rows_of_a_stacked_matrix_and_of_x() -> None:
+    """What `NF4Tensor.rows` gives, and an x whose rows are part of wider ones."""
+    case = Case(3, (40, 60), 256)
+    given = operands(case, torch.float16)
+    whole = run(case, given)
+    wide = torch.cat((given.x, given.x), dim=1)
+    part = replace(given, x=wide[:, 256:], weight=given.weight.rows(24, 88))
+    assert torch.equal(run(case, part), whole[:, 24:88])
+
+
+def test_fits() -> None:
+    from colora.kernels.nf4_few_rows import FEW_ROWS, fits
+
+    x = torch.zeros(FEW_ROWS + 1, 64, dtype=torch.float16, device=DEVICE)
+    part = (0, 64, 0, 0)
+    assert fits(x[:1], [part] * 3)
+    assert not fits(x[:1], [part] * 4), "more parts than the kernel has arguments for"
+    assert not fits(x[:1].float(), []), "not half precision"
+    assert not fits(x, []), "many rows"
+    assert not fits(x[:0], []), "none"
+    assert not fits(x[:64, :64].T, []), "columns first"
+
+
+LARGE = {
+    "4b.qkv": Case(8, (4096, 1024, 1024), 2560, 16, ((0, 4096, 0, 0), (4096, 5120, 16, 4096), (5120, 6144, 32, 5120))),
+    "4b.down": Case(64, (2560,), 9728, 32, ((0, 2560, 0, 0),)),
+    "8b.gate_up": Case(33, (12288, 12288), 4096, 32, ((0, 12288, 0, 0), (12288, 24576, 32, 12288)), bias=True),
+    "qwen2.5_0.5b.qkv": Case(17, (896, 128, 128), 896, 8, ((0, 896, 0, 0), (1024, 1152, 8, 896)), bias=True),
+    "two_slabs": Case(200, (4096,), 4096, 16, ((0, 4096, 0, 0),)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_large_shapes_on_the_card(case: Case) -> None:
+    """Some of the candidates for the shape, twice each: the same bits, whoever finishes last."""
+    from colora.kernels.nf4_few_rows import rows_of_program
+    from colora.kernels.nf4_tuning import candidates
+
+    given = operands(case, torch.bfloat16)
+    true = exact(case, given)
+    for config in candidates((sum(case.outs), case.in_features), rows_of_program(case.rows), 132)[::8]:
+        first, second = (run(case, given, **vars(config)) for _ in range(2))
+        assert (first.double() - true).norm() / true.norm() < BOUND[torch.bfloat16], config
+        assert torch.equal(first, second), config
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph_of_the_operator() -> None:
+    from colora.kernels.lora_add import LoraPart
+    from colora.kernels.lora_linear import PartOffsets
+    from colora.kernels.nf4_linear import nf4_linear
+
+    case = LARGE["4b.qkv"]
+    given = operands(case, torch.bfloat16)
+    parts = [LoraPart("", slice(s, t), slice(b, b + t - s), slice(a, a + case.rank)) for s, t, a, b in case.parts]
+
+    def product() -> Tensor:
+        return nf4_linear(given.x, *given.weight.tensors(), None, given.a, given.b, PartOffsets(tuple(parts)))
+
+    product()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [product() for _ in range(20)]
+    for seed in range(3):
+        given.x.normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
+        graph.replay()
+        true = exact(case, given)
+        for y in outputs:
+            assert (y.double() - true).norm() / true.norm() < BOUND[torch.bfloat16]
+        assert torch.equal(outputs[0], product()), "as outside the graph"
