@@ -17,10 +17,15 @@ def _verify(text: str) -> float:
     if text == "crash":
         os.abort()
     if text == "swell":
-        kept = []
-        while True:
-            kept.append(bytearray(b"x" * (1 << 22)))
+        swell(1 << 60)
     if text == "print":
         for _ in range(100):
             print("spam " * 10_000)
     return float(len(text))
+
+
+def swell(most_bytes: int) -> None:
+    """Allocate and write that much."""
+    kept = []
+    for _ in range(most_bytes >> 22):
+        kept.append(bytearray(b"x" * (1 << 22)))

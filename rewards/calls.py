@@ -7,9 +7,10 @@ all by keyword, returning one number or None per completion. Nothing in here dep
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ from .call_log import CallLog, shorten
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # Dataset columns that the contract already carries under another (or the same) name; TRL leaves them out too.
 CARRIED_COLUMNS = ("prompt", "completion", "completion_ids")
+ENVIRONMENTS = "environments"  # an argument whose values stay in this process
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 SKIP_REMEDY = "Return a finite number, or None to skip the sample."
+CHUNK = 4  # samples a call, more to keep a prompt's completions together: few enough to lose little with a bad one
 LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
@@ -49,6 +53,18 @@ class RewardBatch:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def put(
+        self, index: int, completion: Any, completion_ids: Any, prompt: Any = None, columns: Mapping[str, Any] = EMPTY
+    ) -> None:
+        """Fill a place of a batch that was made with lists; a prompt of None stays as it is."""
+        assert isinstance(self.completions, list) and isinstance(self.completion_ids, list)
+        self.completions[index], self.completion_ids[index] = completion, completion_ids
+        if prompt is not None:
+            assert isinstance(self.prompts, list)
+            self.prompts[index] = prompt
+        for name, value in columns.items():
+            self.columns[name][index] = value
 
     def sample(self, index: int) -> "RewardBatch":
         """The batch that holds only sample `index`."""
@@ -103,6 +119,23 @@ class CallOutcome:
     seconds: float = 0.0
     raised: BaseException | None = None
 
+    def put(self, chunk: range, part: "CallOutcome") -> None:
+        """Put what a call on the samples `chunk` gave in their place; what was wrong with all of it is each one's."""
+        size = len(self.values)
+        for offset, index in enumerate(chunk):
+            self.values[index] = part.values[offset]
+            for column, values in part.extra.items():
+                self.extra.setdefault(column, [None] * size)[index] = values[offset]
+        for name, numbers in part.metrics.items():
+            self.metrics.setdefault(name, []).extend(numbers)
+        for problem in part.problems:
+            samples = chunk if problem.sample is None else [chunk[problem.sample]]
+            if problem.sample is None and len(chunk) == size > 1:
+                self.problems.append(problem)
+            else:
+                self.problems += [replace(problem, sample=index) for index in samples]
+        self.seconds += part.seconds
+
 
 class RewardFunction:
     """A reward function with its name and the arguments it takes.
@@ -119,7 +152,8 @@ class RewardFunction:
                 "A reward model goes through `colora.rewards.model.RewardModel(model, tokenizer)`, "
                 "a text such as 'my.py:function' through `colora.rewards.loading.load_reward`."
             )
-        inner = _without_partial(func)
+        inner = inner_function(func)
+        self.takes_all = bool(getattr(inner, "in_process", False))  # all completions, in one call, in this process
         self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
         self._parameters = self._read_parameters()
 
@@ -153,6 +187,12 @@ class RewardFunction:
             "Add the column, or give the parameter a default."
         )
 
+    def requires(self, name: str) -> bool:
+        """Whether the function names an argument, rather than taking what there is."""
+        return any(
+            parameter.name == name and parameter.kind is not parameter.VAR_KEYWORD for parameter in self._parameters
+        )
+
     def select(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of `arguments` that the function takes: all of them if it has **kwargs, else the ones it names."""
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
@@ -161,7 +201,8 @@ class RewardFunction:
         return {name: value for name, value in arguments.items() if name in names}
 
 
-def _without_partial(func: Callable) -> Callable:
+def inner_function(func: Callable) -> Callable:
+    """What is inside of `functools.partial`."""
     while isinstance(func, functools.partial):
         func = func.func
     return func
@@ -171,7 +212,7 @@ def unique_names(functions: Sequence[Callable]) -> list[str]:
     """Display names: `__name__` (through `functools.partial`), else the class name; the second of a name gets `_2`."""
     names: list[str] = []
     for function in functions:
-        inner = _without_partial(function)
+        inner = inner_function(function)
         base = name = getattr(inner, "__name__", type(inner).__name__)
         count = 1
         while name in names:
@@ -179,6 +220,15 @@ def unique_names(functions: Sequence[Callable]) -> list[str]:
             name = f"{base}_{count}"
         names.append(name)
     return names
+
+
+def cut(prompts: Sequence[Any]) -> list[range]:
+    """Consecutive samples for a call each, cut only where the prompt changes."""
+    starts = [0]
+    for index in range(1, len(prompts)):
+        if index - starts[-1] >= CHUNK and prompts[index] != prompts[index - 1]:
+            starts.append(index)
+    return [range(*ends) for ends in zip(starts, [*starts[1:], len(prompts)], strict=True)]
 
 
 def read_result(returned: Any, log: CallLog, size: int) -> CallOutcome:

@@ -20,14 +20,9 @@ class EventLoopThread:
         self._loop = started.result()
         self._finalizer = weakref.finalize(self, _stop, self._loop, thread)
 
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run `coroutine` to its end and return its result. Interrupted (Ctrl-C), it is cancelled first."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+    def submit(self, coroutine: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
+        """Start a coroutine. Cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         """Cancel what still runs and stop the loop. May be called twice."""

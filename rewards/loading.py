@@ -31,35 +31,45 @@ def load_reward(spec: str) -> Callable:
     Raises:
         ValueError: no colon, no such file or module, an error while importing it, no such attribute, or not a function.
     """
-    source, colon, attribute = spec.rpartition(":")
-    if not colon or not source or not attribute:
-        raise ValueError(f"reward function {spec!r} is not of the form {FORMS}")
-    is_file = source.endswith(".py") or "/" in source or "\\" in source
-    module = _load_file(spec, Path(source).expanduser()) if is_file else _load_module(spec, source)
-    function = _find_attribute(spec, module, attribute)
+    function = load_named(spec, "reward function")
     if inspect.isclass(function):
+        attribute = spec.rpartition(":")[2]
         raise ValueError(
             f"reward function {spec!r} is a class; name a function or an instance, as in `judge = {attribute}()`"
         )
-    if not callable(function):
-        raise ValueError(f"reward function {spec!r} is a {type(function).__name__}, which cannot be called")
     return function
+
+
+def load_named(spec: str, what: str) -> Callable:
+    """The callable, a class perhaps, that `spec` names in the way of `load_reward`; `what` it is, for messages.
+
+    Raises:
+        ValueError: no colon, no such file or module, an error while importing it, no such attribute, or not callable.
+    """
+    label = f"{what} {spec!r}"
+    source, colon, attribute = spec.rpartition(":")
+    if not colon or not source or not attribute:
+        raise ValueError(f"{label} is not of the form {FORMS}")
+    is_file = source.endswith(".py") or "/" in source or "\\" in source
+    module = _load_file(label, Path(source).expanduser()) if is_file else _load_module(label, source)
+    found = _find_attribute(label, module, attribute)
+    if not callable(found):
+        raise ValueError(f"{label} is a {type(found).__name__}, which cannot be called")
+    return found
 
 
 def load_reward_file(path: str) -> ModuleType:
     """The module that `load_reward` makes of a file: a process that is not forked needs it to unpickle functions."""
-    return _load_file(path, Path(path))
+    return _load_file(f"reward function {path!r}", Path(path))
 
 
-def _load_file(spec: str, path: Path) -> ModuleType:
+def _load_file(label: str, path: Path) -> ModuleType:
     if not path.is_file():
         with_suffix = path.with_name(path.name + ".py")
         here = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = [with_suffix.name] if with_suffix.is_file() else difflib.get_close_matches(path.name, here, n=3)
         hint = f" Did you mean {near}?" if near else ""
-        raise ValueError(
-            f"reward function {spec!r}: there is no file {path} (looked in {path.parent.resolve()}).{hint}"
-        )
+        raise ValueError(f"{label}: there is no file {path} (looked in {path.parent.resolve()}).{hint}")
     path = path.resolve()
     source = path.read_bytes()
     name = f"{FILE_MODULE_PREFIX}{path.stem}_{hashlib.sha1(bytes(path) + source).hexdigest()[:12]}"
@@ -69,8 +79,8 @@ def _load_file(spec: str, path: Path) -> ModuleType:
         tree = ast.parse(source, filename=str(path))
     except SyntaxError as error:
         line = (error.text or "").strip()
-        raise ValueError(f"reward function {spec!r}: {path}, line {error.lineno}: {error.msg}: {line!r}") from error
-    _refuse_mistakable_imports(spec, path, tree)
+        raise ValueError(f"{label}: {path}, line {error.lineno}: {error.msg}: {line!r}") from error
+    _refuse_mistakable_imports(label, path, tree)
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(module_spec)
@@ -80,32 +90,26 @@ def _load_file(spec: str, path: Path) -> ModuleType:
             module_spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(
-            f"reward function {spec!r}: importing {path} raised {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{label}: importing {path} raised {type(error).__name__}: {error}") from error
     return module
 
 
-def _load_module(spec: str, name: str) -> ModuleType:
+def _load_module(label: str, name: str) -> ModuleType:
     try:
         with _importable_folder(Path.cwd()):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"reward function {spec!r}: importing {name} raised {type(error).__name__}: {error}"
-            ) from error
+            raise ValueError(f"{label}: importing {name} raised {type(error).__name__}: {error}") from error
         raise ValueError(
-            f"reward function {spec!r}: there is no module {error.name!r} (looked in {Path.cwd()} and among the "
+            f"{label}: there is no module {error.name!r} (looked in {Path.cwd()} and among the "
             f"installed packages). The forms are {FORMS}."
         ) from error
     except Exception as error:
-        raise ValueError(
-            f"reward function {spec!r}: importing {name} raised {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{label}: importing {name} raised {type(error).__name__}: {error}") from error
 
 
-def _find_attribute(spec: str, module: ModuleType, attribute: str) -> Any:
+def _find_attribute(label: str, module: ModuleType, attribute: str) -> Any:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -114,7 +118,7 @@ def _find_attribute(spec: str, module: ModuleType, attribute: str) -> Any:
             functions = [name for name in there if inspect.isroutine(getattr(found, name))]
             hint = f"Did you mean {near}?" if near else f"Its functions are {functions}."
             owner = found.__file__ if isinstance(found, ModuleType) else f"{type(found).__name__} {attribute!r}"
-            raise ValueError(f"reward function {spec!r}: {owner} has no {part!r}. {hint}")
+            raise ValueError(f"{label}: {owner} has no {part!r}. {hint}")
         found = getattr(found, part)
     return found
 
@@ -138,14 +142,14 @@ def _importable_folder(folder: Path) -> Iterator[None]:
         sys.path.append(entry)
 
 
-def _refuse_mistakable_imports(spec: str, path: Path, tree: ast.Module) -> None:
+def _refuse_mistakable_imports(label: str, path: Path, tree: ast.Module) -> None:
     """Python would silently reuse an already imported module of the same name instead of the file beside `path`."""
     for name in _imported_names(tree):
         neighbour = path.with_name(f"{name}.py")
         loaded = getattr(sys.modules.get(name), "__file__", None)
         if loaded is not None and neighbour.is_file() and Path(loaded).resolve() != neighbour:
             raise ValueError(
-                f"reward function {spec!r}: {path} imports {name!r}, which would be {loaded}, already imported, and "
+                f"{label}: {path} imports {name!r}, which would be {loaded}, already imported, and "
                 f"not {neighbour}. Rename {neighbour.name}."
             )
 

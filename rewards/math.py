@@ -127,5 +127,9 @@ def _math_verify() -> Any:
     return math_verify
 
 
+# Reward workers share what a first comparison imports and builds, which takes a second.
+math_answer.prepare_worker = functools.partial(math_answer, ["1"], ["1"])  # type: ignore[attr-defined]
+
+
 if __name__ == "__main__":
     print(json.dumps(_compare_all(json.load(sys.stdin))))

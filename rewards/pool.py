@@ -1,28 +1,15 @@
 """Worker processes that can be killed: each call has a limit on its time and on its worker's memory."""
 
-import contextlib
-import fcntl
-import os
-import signal
-import subprocess
-import tempfile
-import time
+import heapq
 import weakref
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import wait
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 
-from . import worker
-from .worker import Answer
+from .processes import GIB, Workers
+from .worker import Answer, FunctionReference
 
 POLL_SECONDS = 0.02  # how often memory and time are looked at; also what a worker can allocate beyond its limit in
-START_SECONDS = 120.0  # for starting Python and importing the function, which is not part of the call
-LOG_BYTES = 1 << 20  # of a worker's prints: cut when longer
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -45,174 +32,101 @@ class PoolLimits:
             raise ValueError(f"reward workers need at least one process and positive limits, got {self}")
 
 
+@dataclass(order=True)
+class _Call:
+    """A call that waits or is under way; the smallest goes first."""
+
+    rank: int
+    order: int
+    message: bytes = field(compare=False)
+    done: Callable[[Answer], None] = field(compare=False)
+
+
 class WorkerPool:
     """Runs calls in workers, which start when first needed and live until `close` or until a call loses them.
 
-    A worker has a process group of its own, which is killed as a whole; a process that leaves the group is not.
+    Whoever submits calls also calls `poll` again and again: nothing happens in between, but that workers go on with the
+    calls that they have. Not to be shared by threads.
+
+    Args:
+        limits: of the workers.
+        functions: imported once for all workers, by the numbers that calls name them by.
     """
 
-    def __init__(self, limits: PoolLimits):
+    def __init__(self, limits: PoolLimits, functions: Mapping[int, FunctionReference] | None = None):
         self.limits = limits
-        self._workers: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
+        self._workers = Workers(int(2 * limits.memory_gib * GIB), functions or {})
+        self._queue: list[_Call] = []
+        self._submitted = 0
+        self._finalizer = weakref.finalize(self, self._workers.close)
 
-    def run(self, calls: list[bytes], again: Callable[[int], list[bytes]] = lambda task: []) -> list[Answer]:
-        """The answer to each call, in order.
+    @property
+    def unfinished(self) -> int:
+        """Calls that wait or are under way."""
+        return len(self._queue) + sum(each.task is not None for each in self._workers.running)
+
+    def submit(self, message: bytes, done: Callable[[Answer], None], rank: int = 0) -> None:
+        """Queue a call.
 
         Args:
-            calls: what `worker.pack_call` made. Interrupted, the workers are killed.
-            again: gets the place of a call that raised or lost its worker, and returns calls to make in its stead. They
-                come next, so that the waiting of those that hang twice is shared by all workers; their answers are
-                appended to the others.
+            message: what `worker.pack_call` made.
+            done: gets the answer, within a `poll`; may submit further calls.
+            rank: lower ones go first.
         """
-        calls = list(calls)
-        answers: list[Answer | None] = [None] * len(calls)
-        queue = deque(range(len(calls)))
+        heapq.heappush(self._queue, _Call(rank, self._submitted, message, done))
+        self._submitted += 1
+
+    def poll(self, seconds: float = 0.0) -> None:
+        """Take the answers that have come, kill workers that are over a limit, give the free ones calls.
+
+        Args:
+            seconds: how long to wait, at most, for an answer.
+
+        Raises:
+            RuntimeError: workers cannot be started.
+        """
+        if not self.unfinished:
+            return
         try:
-            while queue or any(each.task is not None for each in self._workers):
-                self._assign(queue, calls)
-                busy = [each for each in self._workers if each.task is not None]
-                ready = wait([each.connection for each in busy], timeout=POLL_SECONDS)
-                for each in busy:
-                    task = each.task
-                    assert task is not None
-                    answer = each.receive() if each.connection in ready else each.over_limit(self.limits)
-                    if answer is None:
-                        continue
-                    answers[task] = answer
-                    more = again(task) if answer.raised is not None else []
-                    queue.extendleft(range(len(calls), len(calls) + len(more)))
-                    calls += more
-                    answers += [None] * len(more)
-                    if answer.lost is not None:
-                        self._workers.remove(each)
+            starting = self._assign()
+            busy = [each for each in self._workers.running if each.task is not None]
+            watched = [each.connection for each in busy] + ([starting] if starting is not None else [])
+            ready = wait(watched, timeout=min([seconds, *(each.due_in() for each in busy)]))
+            for each in busy:
+                answer = each.receive() if each.connection in ready else each.over_limit(self.limits.memory_gib * GIB)
+                if answer is None:
+                    continue
+                call, each.task = each.task, None
+                assert isinstance(call, _Call)
+                if answer.lost is not None:
+                    self._workers.lose(each)
+                call.done(answer)
+            self._assign()  # whoever is free now need not wait for the next poll
         except BaseException:
             self.close()  # an answer to an abandoned call must not be taken for that of a later one
             raise
-        assert all(answer is not None for answer in answers)
-        return [answer for answer in answers if answer is not None]
 
     def close(self) -> None:
-        """Kill the workers. Running again starts new ones."""
-        _kill_all(self._workers)
+        """Kill the workers and forget what was not answered. Submitting again starts new ones."""
+        self._queue.clear()
+        self._workers.close()
 
-    def _assign(self, queue: deque[int], calls: list[bytes]) -> None:
-        idle = [each for each in self._workers if each.task is None]
-        while queue and (idle or len(self._workers) < self.limits.workers):
-            if idle:
-                each = idle.pop()
-            else:
-                each = _Worker(int(2 * self.limits.memory_gib * GIB))
-                self._workers.append(each)
-            if each.send(queue[0], calls[queue[0]], self.limits.timeout):
-                queue.popleft()
+    def _assign(self) -> Connection | None:
+        """Give waiting calls to free workers. Where more are wanted and cannot be had yet: what to wait for."""
+        idle = [each for each in self._workers.running if each.task is None]
+        while self._queue:
+            if not idle:
+                if len(self._workers.running) == self.limits.workers:
+                    break
+                starting = self._workers.starting()
+                if starting is not None:
+                    return starting
+                started = self._workers.start()
+                idle += [] if started is None else [started]
+                continue
+            each = idle.pop()
+            if each.send(self._queue[0], self._queue[0].message, self.limits.timeout):
+                heapq.heappop(self._queue)
             else:  # it ended while it was idle, as by a thread that a function left behind
-                each.kill()
-                self._workers.remove(each)
-
-
-class _Worker:
-    """The parent's side of one worker process."""
-
-    def __init__(self, data_bytes: int):
-        self.connection, theirs = Pipe()
-        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        # To append, which tempfile's own mode "a" does not ask the system for: cut to nothing, it begins anew.
-        fcntl.fcntl(self.log, fcntl.F_SETFL, fcntl.fcntl(self.log, fcntl.F_GETFL) | os.O_APPEND)
-        with theirs:
-            self.process = subprocess.Popen(
-                worker.command(theirs.fileno(), data_bytes),
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # a context on the GPU would take memory of the training
-            )
-        self.task: int | None = None
-        self._since = self._deadline = self._timeout = 0.0
-
-    def send(self, task: int, message: bytes, timeout: float) -> bool:
-        """Give it a call; False if it is dead."""
-        try:
-            self.connection.send_bytes(message)
-        except OSError:
-            return False
-        self.task, self._timeout, self._since = task, timeout, time.monotonic()
-        self._deadline = self._since + START_SECONDS
-        return True
-
-    def receive(self) -> Answer | None:
-        """The answer that has come in; None for the word that the call begins."""
-        try:
-            message = self.connection.recv_bytes()
-        except (EOFError, OSError):
-            return self._lose("died", f"its worker process {self._exit()}")
-        if message == worker.STARTED:
-            self._since = time.monotonic()
-            self._deadline = self._since + self._timeout
-            return None
-        self.task = None
-        self._cut_log()
-        return worker.unpack_answer(message)
-
-    def over_limit(self, limits: PoolLimits) -> Answer | None:
-        """The answer in place of the worker's if it has died or gone over a limit; it is killed then."""
-        self._cut_log()
-        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            if self.connection.poll():
-                return None  # it answered and died then: the answer first
-            return self._lose("died", f"its worker process {self._exit()}")
-        if time.monotonic() > self._deadline:
-            os.kill(self.process.pid, signal.SIGUSR1)  # faulthandler writes where it hangs
-            time.sleep(POLL_SECONDS)
-            return self._lose("timeout", f"it did not return within {self._deadline - self._since:g} s")
-        used = _resident_bytes(self.process.pid)
-        if used > limits.memory_gib * GIB:
-            return self._lose("memory", f"its worker used {used / GIB:.2f} GiB, over {limits.memory_gib:g} GiB")
+                self._workers.lose(each)
         return None
-
-    def kill(self) -> None:
-        """End the process and the group it leads, and wait for it: nothing is left behind."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # before it is waited for, the number is still its own
-            self.process.wait()
-        self.connection.close()
-        self.log.close()
-
-    def _exit(self) -> str:
-        """How it ended, for a message."""
-        deadline = time.monotonic() + 1
-        info = None
-        while info is None and time.monotonic() < deadline:  # the connection closes a moment before the process ends
-            info = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            time.sleep(0.001)
-        if info is None:
-            return "closed its connection"
-        if info.si_code == os.CLD_EXITED:
-            return f"ended with exit status {info.si_status}"
-        return f"was ended by {signal.Signals(info.si_status).name}"
-
-    def _lose(self, kind: str, reason: str) -> Answer:
-        tail = worker.read_tail(self.log)
-        error = RuntimeError(reason + (f". It last wrote:\n{tail}" if tail else ""))
-        self.kill()
-        return Answer(raised=error, lost=kind, seconds=time.monotonic() - self._since)
-
-    def _cut_log(self) -> None:
-        if os.fstat(self.log.fileno()).st_size > LOG_BYTES:
-            os.ftruncate(self.log.fileno(), 0)
-
-
-def _resident_bytes(pid: int) -> int:
-    """0 where the system does not say: the limit on allocations holds there alone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def _kill_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().kill()

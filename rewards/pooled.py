@@ -1,22 +1,23 @@
-"""Reward functions in worker processes: which can go there, how a batch is cut into calls, and what is tried again."""
+"""Reward functions in worker processes: which can go there, what travels, and what is tried again."""
 
-import functools
 import io
 import logging
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from .calls import CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
+from .calls import ENVIRONMENTS, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, inner_function, read_result
 from .loading import FILE_MODULE_PREFIX
-from .pool import PoolLimits, WorkerPool
+from .pool import POLL_SECONDS, PoolLimits, WorkerPool
 from .worker import Answer, FunctionReference, StateView, pack_call
 
 logger = logging.getLogger(__name__)
-CHUNK = 4  # samples a call, more to keep a prompt's completions together: few enough to lose little with a bad one
+# What goes first. A sample that is likely to hang again goes before others: what takes longest must not start last.
+FIRST_CALL, AFTER_TIMEOUT, AFTER_FAILURE = range(3)
 REMEDIES = {
     "timeout": "Make the function faster, or raise the time limit.",
     "memory": "Make the function use less, or raise the memory limit.",
@@ -27,64 +28,112 @@ REMEDIES = {
 class PooledFunctions:
     """Calls those reward functions in worker processes that can be pickled by reference.
 
-    A batch is cut into calls of a few samples, the completions of one prompt (where they are consecutive) together, so
-    a function sees its groups whole but not the whole batch. The samples of a call that fails or loses its worker are
-    tried once more, each by itself. What stays in process: async functions, those with a true attribute `in_process`,
-    those that hold a torch model or tensor, and what cannot be found by a module's name (lambdas, closures, functions
-    of the main script).
+    A call gets a few samples, the completions of one prompt (where they are consecutive) together, so a function sees
+    its groups whole but not the whole batch. The samples of a call that fails or loses its worker are tried once more,
+    each by itself. What stays in process: async functions, those that name `environments` (others do not get them),
+    those with a true attribute `in_process`, those that hold a
+    torch model or tensor, and what cannot be found by a module's name (lambdas, closures, functions of the script).
     """
 
     def __init__(self, functions: list[RewardFunction], limits: PoolLimits):
-        self._references: dict[str, tuple[int, FunctionReference]] = {}
-        for number, function in enumerate(function for function in functions if not function.is_async):
+        self._numbers: dict[str, int] = {}
+        self._references: dict[int, FunctionReference] = {}
+        movable = [function for function in functions if not function.is_async and not function.requires(ENVIRONMENTS)]
+        for number, function in enumerate(movable):
             try:
-                self._references[function.name] = number, _reference(function.func)
+                self._references[number] = _reference(function)
+                self._numbers[function.name] = number
             except (pickle.PicklingError, AttributeError, TypeError) as reason:
                 logger.warning("reward function %r runs in this process, without limits: %s", function.name, reason)
-        self._pool = WorkerPool(limits)
+        self.pool = WorkerPool(limits, self._references)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._references
+        return name in self._numbers
 
-    def call(self, function: RewardFunction, batch: RewardBatch) -> CallOutcome:
-        """The outcome of a function on a batch, samples that were tried again included."""
-        outcome = CallOutcome([None] * len(batch))
-        chunks = _chunks(batch)
-        first_calls = len(chunks)
+    def start(self, function: RewardFunction, batch: RewardBatch) -> "PooledScoring":
+        """Begin to score a batch, of which `ready` then says what has come in."""
+        number = self._numbers[function.name]
+        return PooledScoring(self.pool, function, number, self._references[number], batch)
 
-        def one_by_one(task: int) -> list[bytes]:
-            if task >= first_calls:
-                return []
-            singles = [range(index, index + 1) for index in chunks[task]]
-            chunks.extend(singles)
-            return self._pack(function, batch, singles)
 
-        answers = self._pool.run(self._pack(function, batch, chunks), one_by_one)
-        for task, (chunk, answer) in enumerate(zip(chunks, answers, strict=True)):
-            outcome.seconds += answer.seconds
-            if answer.raised is None:
-                _put(outcome, chunk, answer, len(batch))
-            elif task >= first_calls:
-                outcome.problems.append(_problem(answer, chunk[0]))
+class PooledScoring:
+    """A function's scoring of a batch in workers, which goes on whenever the pool is polled (see `FunctionScoring`)."""
+
+    in_this_thread = False
+
+    def __init__(
+        self, pool: WorkerPool, function: RewardFunction, number: int, reference: FunctionReference, batch: RewardBatch
+    ):
+        self.seconds = 0.0
+        self._pool, self._function, self._batch = pool, function, batch
+        self._number, self._reference = number, reference
+        self._state = _plain_state(batch.trainer_state)
+        self._waiting = 0
+        self._first: dict[range, Answer] = {}
+        self._second: dict[range, Answer] = {}
+
+    def ready(self, chunk: range) -> None:
+        """The batch holds the samples of this chunk now."""
+        self._send(chunk, FIRST_CALL, self._take_first)
+
+    def finish(self) -> CallOutcome:
+        """The outcome on the whole batch, samples that were tried again included; waits for it."""
+        while self._waiting:
+            if not self._pool.unfinished:
+                raise RuntimeError("the reward workers were closed while a batch was being scored: score it again")
+            self._pool.poll(POLL_SECONDS)
+        outcome = CallOutcome([None] * len(self._batch))
+        for chunk, answer in sorted(self._first.items(), key=lambda item: item[0].start):
+            self._put(outcome, chunk, answer)
+        for single, answer in sorted(self._second.items(), key=lambda item: item[0].start):
+            self._put(outcome, single, answer)
+            if answer.raised is not None:
+                outcome.problems.append(_problem(answer, single.start))
         outcome.problems.sort(key=lambda problem: problem.sample or 0)
         return outcome
 
-    def close(self) -> None:
-        """End the worker processes. Calling again starts new ones."""
-        self._pool.close()
+    def cancel(self) -> None:
+        """Kill the workers: some may be busy with this."""
+        if self._waiting:
+            self._pool.close()
 
-    def _pack(self, function: RewardFunction, batch: RewardBatch, chunks: list[range]) -> list[bytes]:
-        number, reference = self._references[function.name]
-        state = _plain_state(batch.trainer_state)
-        calls: list[bytes] = []
-        for chunk in chunks:
-            part = batch.part(chunk)
-            arguments = function.select(part.arguments(CallLog()))
-            logs = [name for name in ("log_extra", "log_metric") if arguments.pop(name, None) is not None]
-            if "trainer_state" in arguments:
-                arguments["trainer_state"] = state
-            calls.append(pack_call(number, reference, logs, arguments))
-        return calls
+    def _send(self, chunk: range, rank: int, take: Callable[[range, Answer], None]) -> None:
+        self._waiting += 1
+        try:
+            message = self._pack(chunk)
+        except Exception as error:  # any __reduce__ in a dataset's column may raise anything
+            take(chunk, Answer(raised=TypeError(f"its arguments cannot be sent to a worker process: {error}")))
+        else:
+            self._pool.submit(message, partial(take, chunk), rank)
+
+    def _pack(self, chunk: range) -> bytes:
+        arguments = self._function.select(self._batch.part(chunk).arguments(CallLog()))
+        arguments.pop(ENVIRONMENTS, None)
+        logs = [name for name in ("log_extra", "log_metric") if arguments.pop(name, None) is not None]
+        if "trainer_state" in arguments:
+            arguments["trainer_state"] = self._state
+        return pack_call(self._number, self._reference, logs, arguments)
+
+    def _take_first(self, chunk: range, answer: Answer) -> None:
+        self._first[chunk] = answer
+        self._count(answer)
+        if answer.raised is not None:
+            rank = AFTER_TIMEOUT if answer.lost == "timeout" else AFTER_FAILURE
+            for index in chunk:
+                self._send(range(index, index + 1), rank, self._take_second)
+
+    def _take_second(self, single: range, answer: Answer) -> None:
+        self._second[single] = answer
+        self._count(answer)
+
+    def _count(self, answer: Answer) -> None:
+        self._waiting -= 1
+        self.seconds += answer.seconds
+
+    def _put(self, outcome: CallOutcome, chunk: range, answer: Answer) -> None:
+        if answer.raised is None:
+            outcome.put(chunk, read_result(answer.returned, CallLog(answer.extra, answer.metrics), len(chunk)))
+        outcome.seconds += answer.seconds
 
 
 class _ByReference(pickle.Pickler):
@@ -98,40 +147,14 @@ class _ByReference(pickle.Pickler):
         return NotImplemented
 
 
-def _reference(func: Callable) -> FunctionReference:
-    inner = func
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    if getattr(inner, "in_process", False):
+def _reference(function: RewardFunction) -> FunctionReference:
+    if function.takes_all:
         raise pickle.PicklingError("it asks for it by `in_process`")
     buffer = io.BytesIO()
-    _ByReference(buffer).dump(func)
-    module = inner.__module__ or ""
+    _ByReference(buffer).dump(function.func)
+    module = inner_function(function.func).__module__ or ""
     file = sys.modules[module].__file__ if module.startswith(FILE_MODULE_PREFIX) else None
     return FunctionReference(buffer.getvalue(), file)
-
-
-def _chunks(batch: RewardBatch) -> list[range]:
-    """Consecutive samples for a call each, cut only where the prompt changes."""
-    starts = [0]
-    for index in range(1, len(batch)):
-        if index - starts[-1] >= CHUNK and batch.prompts[index] != batch.prompts[index - 1]:
-            starts.append(index)
-    return [range(*ends) for ends in zip(starts, [*starts[1:], len(batch)], strict=True)]
-
-
-def _put(outcome: CallOutcome, chunk: range, answer: Answer, size: int) -> None:
-    """Put what a call returned and logged in the place of its samples."""
-    part = read_result(answer.returned, CallLog(answer.extra, answer.metrics), len(chunk))
-    for offset, index in enumerate(chunk):
-        outcome.values[index] = part.values[offset]
-        for column, values in part.extra.items():
-            outcome.extra.setdefault(column, [None] * size)[index] = values[offset]
-    for name, numbers in part.metrics.items():
-        outcome.metrics.setdefault(name, []).extend(numbers)
-    for problem in part.problems:
-        for index in chunk if problem.sample is None else [chunk[problem.sample]]:
-            outcome.problems.append(Problem(problem.reason, problem.remedy, index, problem.cause))
 
 
 def _problem(answer: Answer, sample: int) -> Problem:

@@ -1,21 +1,19 @@
 """The loop of a worker process: gets a reward function and a batch, calls it on its main thread, sends the answer back.
 
-Starts without torch: what it costs to replace a worker is the start of Python plus the imports of the function.
+Imports nothing heavy: a worker's memory is what the reward functions import, and not torch.
 """
 
 import faulthandler
 import os
 import pickle
-import resource
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import Any
 
 from .call_log import CallLog
 from .loading import load_reward_file
@@ -64,15 +62,11 @@ class Answer:
     seconds: float = 0.0
 
 
-def serve(descriptor: int, memory_bytes: int) -> None:
-    """Answer calls on the connection `descriptor` until its other end is closed."""
-    connection = Connection(descriptor)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def serve(connection: Connection, functions: dict[int, Callable]) -> None:
+    """Answer calls until the other end of the connection is closed. `functions`, by number, are loaded already."""
     faulthandler.enable(all_threads=False)  # a crash leaves its stack in the log
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # asked for before a worker that hangs is killed
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    functions: dict[int, Callable] = {}
     while True:
         try:
             message = connection.recv_bytes()
@@ -135,18 +129,3 @@ def unpack_answer(message: bytes) -> Answer:
         return pickle.loads(message)
     except Exception as error:  # a class of the user's that is not found here, for instance
         return Answer(raised=TypeError(f"what its worker process sent cannot be read: {type(error).__name__}: {error}"))
-
-
-def command(descriptor: int, memory_bytes: int) -> list[str]:
-    """The command that starts a worker with this process's import path.
-
-    Not multiprocessing's spawn: that would import the training script again, torch and all.
-    """
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({descriptor}, {memory_bytes})"
-    return [sys.executable, "-c", code]
-
-
-def read_tail(log: IO[bytes], limit: int = 2000) -> str:
-    """The last `limit` bytes of an open binary file, as text."""
-    size = os.fstat(log.fileno()).st_size
-    return os.pread(log.fileno(), limit, max(0, size - limit)).decode(errors="replace").strip()

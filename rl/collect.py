@@ -2,14 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from ..rewards.runner import RewardRunner, RewardScores
-from ..rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate, sample_seed
+from ..rewards.runner import RewardRunner, RewardScores, Scoring
+from ..rollout.conversation import Task
+from ..rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, sample_seed
 from ..rollout.records import RolloutRecord
 from ..rollout.trajectory import Trajectory
 from .config import GRPOConfig
@@ -21,7 +24,11 @@ from .packing import training_sample
 from .rating import record_advantages, reward_weights
 
 EVALUATION_STEP = -1  # evaluations draw the same seeds each time, so that they can be compared
+FAILURES = "reward_failures"  # column of the records: of each function that failed on the completion, the reason
 Report = Callable[[str, int, int], None]
+Request = RolloutRequest | Task
+# Requests in; what finished since the last time out, again and again, often nothing: reward workers are seen to then.
+Rollouts = Callable[[Sequence[Any]], Iterator[list[Trajectory]]]
 
 
 @dataclass
@@ -30,7 +37,8 @@ class Collected:
 
     Attributes:
         records: one for each completion, those of groups that were thrown away included.
-        rollout_seconds, reward_seconds: wall time.
+        rollout_seconds: wall time of generation, during which groups that are complete are scored already.
+        reward_seconds: wall time from its end until the last score is there.
     """
 
     records: list[RolloutRecord]
@@ -48,7 +56,7 @@ class Collected:
 
 
 @dataclass
-class _Round:
+class Round:
     """What one call of the engine and the reward functions gave: a group's records consecutive."""
 
     records: list[RolloutRecord]
@@ -71,10 +79,14 @@ class Collector:
 
     Attributes:
         weights: of each term of the reward, by name.
+        rollouts: makes trajectories of requests, by default those of the engine, step by step.
+        scores_rollouts: whether rewards depend on more than the texts that are recorded: no replay without generating.
 
     Raises:
         ValueError: two terms of the reward have one name.
     """
+
+    scores_rollouts = False
 
     def __init__(
         self,
@@ -90,6 +102,7 @@ class Collector:
         self.config, self.report = config, report
         self.weights = reward_weights(dict(zip(rewards.names, rewards.weights, strict=True)), config)
         self.stop_token_ids = tuple(stop_token_ids)
+        self.rollouts: Rollouts = self._engine_steps
 
     def collect(
         self,
@@ -150,36 +163,52 @@ class Collector:
 
     def _round(
         self, rows: Sequence[tuple[int, Row]], first_slot: int, step: int, num_generations: int, state: TrainerState
-    ) -> _Round:
+    ) -> Round:
+        repeated = [(index, row) for index, row in rows for _ in range(num_generations)]
+        requests = self.requests(rows, first_slot, step, num_generations)
+        scoring = self._start_scoring([row for _, row in repeated], step, state)
         started = time.perf_counter()
-        trajectories = self.generate(self.requests(rows, first_slot, step, num_generations))
+        prompts: dict[int, Prompt] = {}
+        completions: dict[int, Prompt] = {}
+
+        def take(place: int, trajectory: Trajectory) -> None:
+            prompt = prompts[place] = self.prompt(trajectory, repeated[place][1])
+            completions[place] = self.completion(trajectory, prompt)
+            scoring.add(place, completions[place], trajectory.completion_ids, prompt, self.late_columns(trajectory))
+
+        try:
+            trajectories = self.generate(requests, take, scoring.poll)
+        except BaseException:
+            scoring.cancel()
+            raise
         rollout_seconds = time.perf_counter() - started
 
         started = time.perf_counter()
-        repeated = [(index, row) for index, row in rows for _ in range(num_generations)]
-        completions = self.completions(trajectories, [row["prompt"] for _, row in repeated])
-        scores, rewards = self.score([row for _, row in repeated], completions, trajectories, step, state)
+        scores, rewards = self._finish_scoring(scoring, trajectories)
         reward_seconds = time.perf_counter() - started
 
+        failures = _failures(scores)
         records = [
             RolloutRecord(
                 step=step,
                 prompt_index=index,
                 sample=position % num_generations,
                 trajectory=trajectories[position],
-                prompt=row["prompt"],
+                prompt=prompts[position],
                 completion=completions[position],
                 rewards=rewards[position],
                 reward=None,
                 advantage=0.0,
-                extra={column: values[position] for column, values in scores.extra.items()},
+                extra={column: values[position] for column, values in scores.extra.items()}
+                | failures.get(position, {})
+                | self.notes(trajectories[position]),
             )
-            for position, (index, row) in enumerate(repeated)
+            for position, (index, _) in enumerate(repeated)
         ]
         rated = record_advantages(records, self.weights, num_generations, self.config)
         for record, reward in zip(records, rated.rewards.tolist(), strict=True):
             record.reward = _none_if_nan(reward)
-        return _Round(records, scores, rollout_seconds, reward_seconds)
+        return Round(records, scores, rollout_seconds, reward_seconds)
 
     def signal(self, records: Sequence[RolloutRecord], num_generations: int) -> list[bool]:
         """For each group of a round whether it has something to learn from, by the rewards in the records."""
@@ -191,7 +220,7 @@ class Collector:
 
     def requests(
         self, rows: Sequence[tuple[int, Row]], first_slot: int, step: int, num_generations: int
-    ) -> list[RolloutRequest]:
+    ) -> Sequence[Request]:
         """What the engine is asked for: each row's prompt `num_generations` times; slots count the step's groups."""
         sampling = SamplingParams(self.config.completion_limit, self.config.temperature, self.stop_token_ids)
         requests = []
@@ -202,19 +231,66 @@ class Collector:
                 requests.append(RolloutRequest(f"{step}/{slot}/{sample}", prompt_ids, seed, sampling))
         return requests
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-        """The engine's answers, in the order of the requests."""
-        finished: dict[str, Trajectory] = {}
-        self.report("generating", 0, len(requests))
-        for trajectory in generate(self.engine, requests):
-            finished[trajectory.request_id] = trajectory
-            self.report("generating", len(finished), len(requests))
-        return [finished[request.request_id] for request in requests]
+    def generate(
+        self,
+        requests: Sequence[Request],
+        take: Callable[[int, Trajectory], None] = lambda place, trajectory: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Trajectory]:
+        """Trajectories, in the order of the requests.
+
+        Args:
+            take: gets each, with the place of its request, when it finishes.
+            meanwhile: called now and then. What either raises is raised when the engine has ended all requests.
+        """
+        places = {request.request_id: place for place, request in enumerate(requests)}
+        finished: dict[int, Trajectory] = {}
+        steps = self.rollouts(requests)
+        try:
+            self.report("generating", 0, len(requests))
+            for step in steps:
+                for trajectory in step:
+                    place = places[trajectory.request_id]
+                    finished[place] = trajectory
+                    take(place, trajectory)
+                self.report("generating", len(finished), len(requests))
+                meanwhile()
+        except Exception:
+            # An engine with unfinished requests can neither sleep nor be given a new adapter: let it end them. Not so
+            # where the user interrupts.
+            deque(steps, maxlen=0)
+            raise
+        return [finished[place] for place in range(len(requests))]
+
+    def prompt(self, trajectory: Trajectory, row: Row) -> Prompt:
+        """What reward functions and records get as the prompt of a finished trajectory."""
+        return row["prompt"]
+
+    def late_columns(self, trajectory: Trajectory) -> dict[str, Any]:
+        """Values for the reward functions' columns that are known only now."""
+        return {}
+
+    def notes(self, trajectory: Trajectory) -> dict[str, Any]:
+        """What a record says besides what reward functions have logged; of JSON's types."""
+        return {}
+
+    def read_again(self, records: Sequence[RolloutRecord]) -> list[Prompt]:
+        """The completions of records, from their tokens."""
+        return self.completions([r.trajectory for r in records], [r.prompt for r in records])
+
+    def _engine_steps(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Trajectory]]:
+        self.engine.submit(requests)
+        while self.engine.unfinished:
+            yield self.engine.step()
 
     def completions(self, trajectories: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[Prompt]:
+        """What reward functions get of each trajectory."""
+        return [self.completion(*pair) for pair in zip(trajectories, prompts, strict=True)]
+
+    def completion(self, trajectory: Trajectory, prompt: Prompt) -> Prompt:
         """What reward functions get: text, or a message where the prompt is one."""
-        texts = self.tokenizer.batch_decode([t.completion_ids for t in trajectories], skip_special_tokens=True)
-        return [self.tokenize.completion(*pair) for pair in zip(texts, prompts, strict=True)]
+        (text,) = self.tokenizer.batch_decode([trajectory.completion_ids], skip_special_tokens=True)
+        return self.tokenize.completion(text, prompt)
 
     def score(
         self,
@@ -224,18 +300,41 @@ class Collector:
         step: int,
         state: TrainerState,
     ) -> tuple[RewardScores, list[dict[str, float | None]]]:
-        """What the reward functions gave, and each completion's rewards by name, those that options add included."""
-        self.report("scoring", 0, len(trajectories))
+        """What the reward functions give, and each completion's rewards by name, those that options add included."""
+        scoring = self._start_scoring(rows, step, state)
+        for place, (row, completion, trajectory) in enumerate(zip(rows, completions, trajectories, strict=True)):
+            prompt, columns = self.prompt(trajectory, row), self.late_columns(trajectory)
+            scoring.add(place, completion, trajectory.completion_ids, prompt, columns)
+        return self._finish_scoring(scoring, trajectories)
+
+    def _start_scoring(self, rows: list[Row], step: int, state: TrainerState) -> Scoring:
+        prompts = [row.get("prompt") for row in rows]
+        return self.rewards.start(prompts, self._columns(rows), trainer_state=state, step=step)
+
+    def _columns(self, rows: list[Row]) -> dict[str, list[Any]]:
         reserved = ("prompt", "completion", "completion_ids")
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in reserved}
-        prompts = [row["prompt"] for row in rows]
-        ids = [trajectory.completion_ids for trajectory in trajectories]
-        scores = self.rewards.score(prompts, completions, ids, columns, trainer_state=state, step=step)
+        return {key: [row[key] for row in rows] for key in rows[0] if key not in reserved}
+
+    def _finish_scoring(
+        self, scoring: Scoring, trajectories: Sequence[Trajectory]
+    ) -> tuple[RewardScores, list[dict[str, float | None]]]:
+        self.report("scoring", 0, len(trajectories))
+        scores = scoring.finish()
         return scores, [self._named_rewards(*pair) for pair in zip(scores.values.tolist(), trajectories, strict=True)]
 
     def _named_rewards(self, values: list[float], trajectory: Trajectory) -> dict[str, float | None]:
         rewards = {name: _none_if_nan(value) for name, value in zip(self.rewards.names, values, strict=True)}
         return with_overlong(rewards, trajectory, self.config.completion_limit, self.config.overlong_buffer)
+
+
+def _failures(scores: RewardScores) -> dict[int, dict[str, dict[str, str]]]:
+    """By the place of a completion that a function failed on, why: a column of its record."""
+    found: dict[int, dict[str, dict[str, str]]] = {}
+    for failure in scores.failures:
+        for place in range(len(scores.values)) if failure.sample is None else [failure.sample]:
+            reasons = found.setdefault(place, {}).setdefault(FAILURES, {})
+            reasons[failure.function] = f"{failure.kind}: {failure.reason}"
+    return found
 
 
 def _none_if_nan(value: float) -> float | None:

@@ -56,6 +56,7 @@ def note_rewards(metrics: Metrics, records: Sequence[RolloutRecord], scores: Seq
         metrics.add(f"rewards/{name}/std", nanstd(values).item())
     for name in scores[0].seconds:
         metrics.add(f"time/reward/{name}_s", sum(part.seconds[name] for part in scores))
+    metrics.add("time/reward_hidden_s", sum(part.hidden_seconds for part in scores))
     totals = torch.tensor([math.nan if record.reward is None else record.reward for record in records])
     metrics.add("reward", torch.nanmean(totals).item())
     metrics.add("reward_std", nanstd(totals).item())

@@ -104,6 +104,14 @@ def score(runner, completions, prompts=None, state=None, **columns):
     return runner.score(prompts, completions, [[1]] * len(completions), columns, trainer_state=state, step=7)
 
 
+def runs(number):
+    """Whether a process is there and not a zombie, which is its parent's to wait for."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def children():
     """This process's children, zombies included."""
     tasks = Path("/proc/self/task").iterdir()
@@ -142,11 +150,11 @@ def test_bad_samples_cost_only_themselves(make, verifiers):
 
 def test_processes_of_a_lost_worker_end_with_it(make, verifiers, tmp_path):
     score(make(verifiers("verify"), failure_share=1), ["child"])
-    stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 5
-    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+    while runs(child) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"  # a zombie is its new parent's to wait for
+    assert not runs(child)
 
 
 def test_alarms_work(make, verifiers):
@@ -225,8 +233,12 @@ def test_workers_end_with_a_killed_parent(verifiers, tmp_path):
     script = (
         "from colora.rewards.loading import load_reward; from colora.rewards.pool import WorkerPool, PoolLimits\n"
         "from colora.rewards.pooled import _reference; from colora.rewards.worker import pack_call\n"
-        f"reference = _reference(load_reward({str(tmp_path / 'verifiers.py')!r} + ':verify'))\n"
-        "WorkerPool(PoolLimits(1)).run([pack_call(0, reference, [], {'completions': ['child']})])\n"
+        "from colora.rewards.calls import RewardFunction\n"
+        f"verify = load_reward({str(tmp_path / 'verifiers.py')!r} + ':verify')\n"
+        "reference = _reference(RewardFunction(verify, 'verify'))\n"
+        "pool = WorkerPool(PoolLimits(1), {0: reference})\n"
+        "pool.submit(pack_call(0, reference, [], {'completions': ['child']}), print)\n"
+        "while pool.unfinished: pool.poll(1)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
@@ -234,11 +246,11 @@ def test_workers_end_with_a_killed_parent(verifiers, tmp_path):
         deadline = time.monotonic() + 60
         while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        worker = int(Path(f"/proc/{child.read_text()}/stat").read_text().split()[3])
+        left = [int(child.read_text())]  # the function's own child, the worker, and what that was forked from
+        for _ in range(2):
+            left.append(int(Path(f"/proc/{left[-1]}/stat").read_text().split()[3]))
         parent.kill()
     deadline = time.monotonic() + 10
-    stat = Path(f"/proc/{worker}/stat")
-    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+    while any(map(runs, left)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
-    os.kill(int(child.read_text()), 9)
+    assert not any(map(runs, left))

@@ -16,7 +16,7 @@ IDS = [[1], [2], [3], [4]]
 
 
 def run(function, on_error="stop", step=12, **columns):
-    runner = RewardRunner([function], on_error=on_error)
+    runner = RewardRunner([function], on_error=on_error, failure_share=1)
     try:
         return runner.score(PROMPTS, COMPLETIONS, IDS, columns, step=step)
     finally:
