@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from .reward_lab_cli import add_rewards_command, rewards_command
 
 if TYPE_CHECKING:
     from .config import GRPOConfig
@@ -21,18 +22,24 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 0, 1 for a replay with differences, 2 for an error of the user's, 130 when interrupted.
+    Returns the exit code: 0, 1 for a replay with differences or a reward function that failed, 2 for an error of the
+    user's, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # `train` takes any option of the configuration, which argparse cannot know before the heavy imports.
     if arguments[:1] == ["train"]:
         debug = "--debug" in arguments
-        return _guarded(lambda: _train([argument for argument in arguments[1:] if argument != "--debug"]), debug)
+        given = [argument for argument in arguments[1:] if argument != "--debug"]
+        return _guarded(
+            lambda: _train(given), debug, hint="; `colora train --resume true` goes on from the last checkpoint"
+        )
     parsed = _parser().parse_args(arguments)
     if parsed.command == "env":
         return _env()
     if parsed.command == "replay":
         return _guarded(lambda: _replay(parsed), parsed.debug)
+    if parsed.command == "rewards":
+        return _guarded(lambda: rewards_command(parsed), parsed.debug)
     _parser().print_help(sys.stderr)
     return USER_ERROR
 
@@ -61,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=0.0, metavar="X", help="relative difference that does not count (default: 0)"
     )
     replay.add_argument("--debug", action="store_true", help="show where an error was raised")
+    add_rewards_command(commands)
     return parser
 
 
@@ -71,15 +79,15 @@ def _env() -> int:
     return 0
 
 
-def _guarded(command: Callable[[], int], debug: bool) -> int:
-    """`command`, with errors of the user's as one line."""
+def _guarded(command: Callable[[], int], debug: bool, hint: str = "") -> int:
+    """`command`, with errors of the user's as one line. `hint` follows where it is interrupted."""
     from ..rewards.runner import RewardError
     from ..weightshare.guard import ParityError
 
     try:
         return command()
     except KeyboardInterrupt:
-        print("interrupted; `colora train --resume true` goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RewardError, ParityError, FloatingPointError) as error:
         if debug:
@@ -140,9 +148,9 @@ def _dry_run(run: "RunConfig", config: "GRPOConfig") -> int:
 
 
 def _run(run: "RunConfig", config: "GRPOConfig") -> int:
-    from .checkpoint import write_durably
+    from .checkpoint import RUN_FILE, write_durably
     from .inputs import open_inputs
-    from .rebuild import RUN_FILE, located_yaml
+    from .rebuild import located_yaml
     from .trainer import GRPOTrainer
 
     inputs = open_inputs(run, config)
@@ -154,6 +162,7 @@ def _run(run: "RunConfig", config: "GRPOConfig") -> int:
         train_dataset=inputs.train_dataset,
         eval_dataset=inputs.eval_dataset,
         peft_config=inputs.lora,
+        **inputs.agents,
     )
     write_durably(trainer.output_dir / RUN_FILE, description)
     try:
