@@ -18,6 +18,8 @@ ABANDONED = "abandoned-"  # before the names of checkpoints that a run resumed f
 INITIAL = "initial_adapter"
 STATE = "trainer_state.json"
 ROLLOUTS = "rollouts"
+BASE_FILE = "base.json"
+RUN_FILE = "run.yaml"  # the configuration of a run of `colora train`
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -77,6 +79,23 @@ def find_damage(directory: Path) -> str | None:
         if _digest(path) != expected["blake2b"]:
             return f"{name} was changed after it was written"
     return None
+
+
+def write_base(directory: Path, model: str, base: str) -> None:
+    """Note what the adapter was trained on: the base model's name and how its linears are held, `dense` or `nf4`."""
+    (directory / BASE_FILE).write_text(json.dumps({"model": model, "format": base}))
+
+
+def check_base(directory: Path, base: str) -> None:
+    """Raise ValueError where a checkpoint's adapter was trained on a base in another format than this run's."""
+    path = directory / BASE_FILE
+    trained_on = json.loads(path.read_text())["format"] if path.is_file() else base
+    if trained_on != base:
+        remedy = "set base to nf4" if trained_on == "nf4" else "leave base at auto and use the unquantised checkpoint"
+        raise ValueError(
+            f"cannot resume from {directory}: it was trained on a base that is {trained_on}, and this run's is {base}: "
+            f"{remedy}"
+        )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

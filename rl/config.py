@@ -10,8 +10,9 @@ import torch
 import trl
 
 from ..kernels.tiled_mlp import TILE_TOKENS
+from .detector_limits import DetectorLimits
 from .option_rules import check_combinations, warn_of_combinations
-from .option_values import check_choices, check_numbers, is_default
+from .option_values import check_choices, check_numbers, check_optimizer, is_default
 from .options import HONOURED, INERT, REFUSED
 from .presets import apply_preset, remembers_given
 
@@ -168,6 +169,13 @@ class GRPOConfig(trl.GRPOConfig):
             "checkpoint's, or bfloat16 where that is float32."
         },
     )
+    base: str = field(
+        default="auto",
+        metadata={
+            "help": "How the frozen base is held. `nf4`: its linears are quantised to bitsandbytes' NF4 (4 bits) while "
+            "they load, for engine and trainer alike. `auto`: as the checkpoint has them, unquantised or in NF4."
+        },
+    )
     tokens_per_microbatch: int = field(
         default=8192,
         metadata={"help": "Most tokens in one packed forward and backward: sets memory, changes no result."},
@@ -223,7 +231,39 @@ class GRPOConfig(trl.GRPOConfig):
     )
     reward_failure_share: float = field(
         default=0.5,
-        metadata={"help": "Stop when a reward function in workers fails on more than this share of the completions."},
+        metadata={"help": "Stop when a reward function fails on more than this share of the completions."},
+    )
+    reward_concurrency: int = field(
+        default=32, metadata={"help": "Calls of async reward functions, of all together, that are under way at once."}
+    )
+    tool_timeout: float = field(
+        default=60.0,
+        metadata={"help": "Seconds that a call of a tool may take before the model is told that it took too long."},
+    )
+    tool_threads: int = field(
+        default=64, metadata={"help": "Calls of tools that are under way at once, but for async ones."}
+    )
+    reproducible_tools: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the engine wait for every call of a tool. Else the last bits of log-probs depend on how long "
+            "tools take, so that a run with tools cannot be repeated bit for bit."
+        },
+    )
+    conversation_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which a conversation with tools has no further turn. Not given: no limit."},
+    )
+    detectors: bool = field(
+        default=True,
+        metadata={
+            "help": "Warn, and log `detectors/...`, when rewards lose their variance, lengths drift, one reward "
+            "dominates, completions are copies, or the reward rises while that of evaluations falls."
+        },
+    )
+    detector_limits: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Other limits for them, by name, as a mapping or JSON; docs/rewards.md has the names."},
     )
     parity_limit: float | None = field(
         default=None,
@@ -327,7 +367,7 @@ class GRPOConfig(trl.GRPOConfig):
             raise ValueError(f"device={str(device)!r} contradicts use_cpu=True: give only one of the two")
 
     def _parse_dicts(self) -> None:
-        for name in ("engine_kwargs", "chat_template_kwargs", "model_init_kwargs", "preset"):
+        for name in ("engine_kwargs", "chat_template_kwargs", "model_init_kwargs", "preset", "detector_limits"):
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
@@ -372,8 +412,8 @@ class GRPOConfig(trl.GRPOConfig):
         self.activation_offload = switch.get(self.activation_offload, self.activation_offload)
         check_choices(self)
         check_numbers(self)
-        if str(self.optim).lower().rpartition(".")[2] in ("lomo", "adalomo"):
-            raise ValueError(f"optim={str(self.optim)!r} updates inside the backward pass, of which a step has several")
+        DetectorLimits.of(self.detector_limits)
+        check_optimizer(self.optim)
         self._check_lengths()
 
     def _check_lengths(self) -> None:

@@ -161,6 +161,8 @@ class PromptTokenizer:
         chat_template_kwargs: passed to the chat template.
     """
 
+    needs_prompt = True  # of every row of a dataset
+
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, chat_template_kwargs: dict[str, Any] | None = None
     ):
@@ -169,6 +171,19 @@ class PromptTokenizer:
 
     def __call__(self, prompt: Prompt, where: str) -> list[int]:
         """Token ids of `prompt`; `where` names it in errors."""
+        ids = self.encode(prompt, where)
+        if not ids:
+            raise ValueError(f"{where}: the prompt has no tokens; remove the row")
+        if len(ids) > self.max_tokens:
+            raise ValueError(
+                f"{where}: the prompt has {len(ids)} tokens, at most {self.max_tokens} fit (the context less "
+                "max_completion_length, or max_prompt_length); shorten or drop it, lower max_completion_length, or "
+                "raise max_context"
+            )
+        return ids
+
+    def encode(self, prompt: Prompt, where: str) -> list[int]:
+        """Token ids, however many."""
         encoded: Any  # a BatchEncoding, but typed as all that a template can be rendered to
         if isinstance(prompt, str):
             encoded = self.tokenizer(prompt)
@@ -185,16 +200,7 @@ class PromptTokenizer:
             raise ValueError(
                 f"{where}: a prompt is a text or a list of messages with role and content, got {type(prompt).__name__}"
             )
-        ids = list(encoded["input_ids"])
-        if not ids:
-            raise ValueError(f"{where}: the prompt has no tokens; remove the row")
-        if len(ids) > self.max_tokens:
-            raise ValueError(
-                f"{where}: the prompt has {len(ids)} tokens, at most {self.max_tokens} fit (the context less "
-                "max_completion_length, or max_prompt_length); shorten or drop it, lower max_completion_length, or "
-                "raise max_context"
-            )
-        return ids
+        return list(encoded["input_ids"])
 
     def completion(self, text: str, prompt: Prompt) -> Prompt:
         """`text` in the form reward functions get it: as it is, or an assistant message for conversational prompts."""
@@ -216,13 +222,15 @@ def check_dataset(
         return
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: it needs rows with a `prompt` column")
-    if "prompt" not in dataset.column_names:
+    if "prompt" not in dataset.column_names and tokenize.needs_prompt:
         raise ValueError(f"{name} has no `prompt` column; its columns are: {', '.join(dataset.column_names)}")
     if len(dataset) < at_least:
         raise ValueError(
             f"{name} has {len(dataset)} prompts, one generation needs {at_least}: lower per_device_train_batch_size or "
             "gradient_accumulation_steps, raise num_generations, or add prompts"
         )
+    if "prompt" not in dataset.column_names:
+        return
     prompts: Sequence[Prompt] = dataset["prompt"]
     for index in range(min(len(dataset), PROMPTS_CHECKED)):
         tokenize(prompts[index], f"{name}[{index}]")

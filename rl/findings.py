@@ -107,17 +107,19 @@ class Checks:
             trajectory = record.trajectory
             if record.prompt_index != index:
                 differences.append(f"{describe(record)}: by the seed, prompt {index} stands there")
+            elif (trajectory.request_id, trajectory.seed) != (request.request_id, request.seed):
+                differences.append(f"{describe(record)}: it was sampled with another seed")
+            elif request.prompt_ids is None:  # an environment has completed it
+                continue
             elif record.prompt != row["prompt"]:
                 differences.append(f"{describe(record)}: its text is not that of the dataset's row")
             elif trajectory.prompt_ids != list(request.prompt_ids):
                 differences.append(f"{describe(record)}: its tokens are not those of its text")
-            elif (trajectory.request_id, trajectory.seed) != (request.request_id, request.seed):
-                differences.append(f"{describe(record)}: it was sampled with another seed")
         return finding("prompts", differences, f"{len(self.rows)} prompts, {len(self.records)} completions")
 
     def texts(self) -> Finding:
         """What the reward functions read, against the tokens."""
-        texts = self.collector.completions([r.trajectory for r in self.records], [r.prompt for r in self.records])
+        texts = self.collector.read_again(self.records)
         differences = [
             f"{describe(record)}: the text is not that of its tokens"
             for record, text in zip(self.records, texts, strict=True)

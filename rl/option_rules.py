@@ -81,6 +81,8 @@ def warnings_about(config: Any) -> Iterator[str]:
         yield f"algorithm={config.algorithm!r} sets nothing: all that it would set is given"
     if not config.dynamic_sampling and not is_default(config, "dynamic_sampling_max_rounds"):
         yield "dynamic_sampling_max_rounds has no effect without dynamic_sampling=True"
+    if config.detector_limits and not config.detectors:
+        yield "detector_limits has no effect with detectors=False"
 
 
 def remarks(config: Any) -> Iterator[str]:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..weightshare.base_format import BASES
 from .options import ALSO_ACCEPTED
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -14,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("auto", "vllm", "transformers"),
     "dtype": ("auto", *DTYPES),
+    "base": BASES,
     "activation_offload": ("auto", "true", "false"),
     "kernels": ("auto", "reference"),
     "reward_errors": ("stop", "none"),
@@ -80,6 +83,17 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("reward_timeout", False, 0, False),
     ("reward_memory_gib", False, 0, False),
     ("reward_failure_share", False, 0, True),
+    ("reward_concurrency", True, 1, True),
+    ("max_tool_calling_iterations", True, 0, True),
+    ("tool_timeout", False, 0, False),
+    ("tool_threads", True, 1, True),
+    ("conversation_timeout", False, 0, False),
+)
+
+OF_BITSANDBYTES = (
+    *("adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit"),
+    *("paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
 )
 
 _WHY = {
@@ -96,6 +110,18 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name)
         if value not in choices:
             raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}{_because(name)}")
+
+
+def check_optimizer(optim: Any) -> None:
+    """Raise ValueError for an optimizer that cannot be used, or that needs bitsandbytes where that is not installed."""
+    name = str(getattr(optim, "value", optim))
+    if name in ("lomo", "adalomo"):
+        raise ValueError(f"optim={name!r} updates inside the backward pass, of which a step has several")
+    if name in OF_BITSANDBYTES and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f'optim={name!r} is of bitsandbytes, which is not installed: pip install "colora[bnb]", or set optim to '
+            "adamw_torch"
+        )
 
 
 def check_numbers(config: Any) -> None:

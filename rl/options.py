@@ -40,7 +40,7 @@ HONOURED_HERE = _names(
     top_entropy_quantile entropy_coef off_policy_mask_threshold cast_lm_head_to_fp32
     vllm_importance_sampling_correction vllm_importance_sampling_mode
     vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
-    log_completions num_completions_to_print
+    log_completions num_completions_to_print max_tool_calling_iterations
     """
 )
 
@@ -156,7 +156,6 @@ REFUSED: dict[str, str] = {
     "vllm_tensor_parallel_size": _ONE_PROCESS,
     **_same(_ADAPTIVE, "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"),
     **_same(_ADAPTIVE, "entropy_coef_delta", "entropy_target"),
-    "max_tool_calling_iterations": "completions have one turn; tools come with a later version",
     **_same(_REFERENCE, "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "vllm_importance_sampling_cap": "it has a new name: vllm_importance_sampling_clip_max",
     "log_unique_prompts": "every completion of a group is logged, to be compared with the others",

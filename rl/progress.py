@@ -99,6 +99,10 @@ class ProgressBar(TrainerCallback):
             self._bar.stop()
         self._bar = self._run_task = self._phase_task = None
 
+    def warn(self, step: int, text: str) -> None:
+        """Print what a run should be looked at for, as a line of its own."""
+        self._print(f"step {step}/{self._total}  warning: {text}")
+
     def show_completions(self, records: Sequence[RolloutRecord], step: int, limit: int | None = None) -> None:
         """Print a table of prompts, completions, rewards and advantages.
 

@@ -7,14 +7,12 @@ from typing import Any
 
 from ..rewards.loading import load_reward
 from ..rollout.records import read_records
-from .checkpoint import ROLLOUTS
+from .checkpoint import ROLLOUTS, RUN_FILE
 from .config import GRPOConfig
-from .inputs import open_datasets
+from .inputs import agent_arguments, open_datasets
 from .resolved import resolved_yaml
 from .run_config import RunConfig, read_run_config
 from .trainer import GRPOTrainer
-
-RUN_FILE = "run.yaml"
 
 
 def located_yaml(run: RunConfig, config: GRPOConfig) -> str:
@@ -25,6 +23,9 @@ def located_yaml(run: RunConfig, config: GRPOConfig) -> str:
         dataset=_absolute(run.dataset),
         eval_dataset=None if run.eval_dataset is None else _absolute(run.eval_dataset),
         reward_funcs=[_absolute(spec) for spec in run.reward_funcs],
+        tools=None if run.tools is None else [_absolute(spec) for spec in run.tools],
+        environment_factory=None if run.environment_factory is None else _absolute(run.environment_factory),
+        rollout_func=None if run.rollout_func is None else _absolute(run.rollout_func),
         resume=None,
     )
     return resolved_yaml(located, config)
@@ -66,7 +67,8 @@ def rebuild_trainer(directory: Path, rewards: bool = True) -> tuple[GRPOTrainer,
     functions, missing = _load_rewards(run) if rewards else (None, "it was asked to leave them out")
     functions = functions or [_stand_in(name) for name in _reward_names(directory, len(run.reward_funcs))]
     train, evaluation = open_datasets(run)
-    trainer = GRPOTrainer(run.model, functions, run.grpo_config(), train, evaluation, peft_config=run.lora_config())
+    config, lora, agents = run.grpo_config(), run.lora_config(), agent_arguments(run)
+    trainer = GRPOTrainer(run.model, functions, config, train, evaluation, peft_config=lora, **agents)
     return trainer, missing
 
 

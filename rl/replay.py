@@ -57,7 +57,11 @@ def replay(
     trainer.engine.sleep()
     findings += [checks.prompts(), checks.texts()]
     trainer.state.global_step = first - 1  # what reward functions saw
-    findings.append(checks.rewards() if no_rewards is None else Finding("rewards", "unchecked", no_rewards))
+    score_again = no_rewards is None and trainer.collector.scores_rollouts and generate
+    if no_rewards is None and trainer.collector.scores_rollouts:
+        no_rewards = "they depend on more than what is recorded: sample the rollouts again (--generate)"
+    if not score_again:
+        findings.append(checks.rewards() if no_rewards is None else Finding("rewards", "unchecked", no_rewards))
     if trainer.args.kl_in_reward:
         findings.append(checks.kl())
     findings.append(checks.advantages())
@@ -69,6 +73,7 @@ def replay(
             again.adopt(number)
             if number == first:
                 findings += [checks.generation()] if generate else []
+                findings += [checks.rewards()] if score_again else []
                 findings += [checks.old_logprobs()] if trainer.learner.recomputes_old else []
             figures = again.update(number)
     except (ParityError, FloatingPointError) as error:

@@ -40,7 +40,20 @@ class RunConfig:
         }
     )
     reward_funcs: list[str] = field(
-        metadata={"help": "List of reward functions, each `package.module:function` or `path/to/file.py:function`."}
+        metadata={
+            "help": "List of reward functions, each `package.module:function` or `path/to/file.py:function`. May be "
+            "missing where an environment gives the reward."
+        }
+    )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={"help": "List of functions that the model may call, named like reward functions (docs/agents.md)."},
+    )
+    environment_factory: str | None = field(
+        default=None, metadata={"help": "A class, or function, that makes an environment, named like reward functions."}
+    )
+    rollout_func: str | None = field(
+        default=None, metadata={"help": "A function that makes the rollouts instead, named like reward functions."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on; `train[:1000]` takes a part."})
@@ -99,13 +112,18 @@ def read_run_config(path: Path | None, overrides: Sequence[tuple[str, str]] = ()
         _set(values, entry.name, entry.value, f"{path}, line {entry.line}: ")
     for name, text in overrides:
         _set(values, name, text, "command line: ")
-    missing = [name for name in ("model", "dataset", "reward_funcs", "output_dir") if not values.get(name)]
+    rewarded = bool(values.get("environment_factory"))  # maybe by the environment, which only the trainer can tell
+    needed = [
+        name for name in ("model", "dataset", "reward_funcs", "output_dir") if name != "reward_funcs" or not rewarded
+    ]
+    missing = [name for name in needed if not values.get(name)]
     if missing:
         where = f"{path} has" if path else "there is"
         raise ValueError(
             f"{where} no {', no '.join(missing)}: add a line `{missing[0]}: ...` or give --{missing[0]} "
             "(`colora train --help` explains each)"
         )
+    values.setdefault("reward_funcs", [])
     own = {entry.name for entry in run_fields()}
     return RunConfig(
         **{name: value for name, value in values.items() if name in own},

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,26 @@ from ..rewards.model import RewardModel
 from ..rewards.pool import PoolLimits
 from ..rewards.runner import RewardRunner
 from ..rollout.records import RolloutRecord, read_records, rollout_path, write_records
+from ..rollout.toolkit import EnvironmentFactory, Tool
 from ..weightshare.guard import ParityError
 from . import checkpoint, setup
+from .agents import AgentCollector, Agents, ToolPromptTokenizer
 from .collect import EVALUATION_STEP, Collected, Collector
 from .config import GRPOConfig
 from .data import PromptTokenizer, Row, SparePrompts, check_dataset, prompt_loader
+from .detectors import run_detectors
 from .kl_reward import add_kl
 from .learner import Learner
 from .metrics import Metrics
 from .packing import TrainingSample, training_sample
 from .progress import ProgressBar
 from .rating import record_advantages, reward_weights
+from .rollout_func import RolloutFuncCollector, RolloutFunction
 
 RewardFunction = Callable[..., Any] | str | nn.Module
 BATCH_FILE = "rollout_batch.parquet"  # in a checkpoint made between two updates on the same rollouts
 PENDING_FILE = "pending_metrics.json"  # what was noted since the last log
+DETECTORS_FILE = "detectors.json"  # what the detectors have seen
 
 
 class GRPOTrainer(Trainer):
@@ -51,7 +56,7 @@ class GRPOTrainer(Trainer):
             Policy.
         reward_funcs: one or several: functions by TRL's contract, `f(prompts, completions, completion_ids,
             trainer_state, log_extra, log_metric, **columns) -> list[float | None]`, sync or async; or
-            sequence-classification models (a path, hub id or module).
+            sequence-classification models (a path, hub id or module). None: environments give the reward.
         args: the options; by default `GRPOConfig("<model>-GRPO")`.
         train_dataset: rows with a `prompt` (text or messages); the other columns go to the reward functions.
         eval_dataset: the same, or a dict of such, for `evaluate`.
@@ -59,6 +64,10 @@ class GRPOTrainer(Trainer):
         reward_processing_classes: the tokenizers of reward models, one an entry of `reward_funcs` (None for functions).
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: which linears get LoRA; by default rank 16, alpha 32 on all of them.
+        tools: functions that the model may call, typed and documented, sync or async. With these, or environments,
+            completions are conversations (docs/agents.md).
+        rollout_func: makes the completions instead, by TRL's contract: see `rollout_func.RolloutFuncCollector`.
+        environment_factory: makes an environment for a conversation, or several by name: see `rollout.toolkit.Toolkit`.
 
     Raises:
         ValueError: something in the above cannot be trained on; the message says what and the remedy. Raised before
@@ -72,7 +81,7 @@ class GRPOTrainer(Trainer):
     def __init__(
         self,
         model: setup.ModelLike,
-        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -81,18 +90,24 @@ class GRPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
+        tools: Sequence[Tool] | None = None,
+        rollout_func: RolloutFunction | None = None,
+        environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
     ):
         args = args or GRPOConfig(f"{Path(setup.model_name(model)).name}-GRPO")
-        rewards = _reward_runner(_reward_functions(reward_funcs, reward_processing_classes), args)
-        setup.check_model(model, peft_config)
+        setup.check_model(model, peft_config, args.base)
         tokenizer = processing_class or setup.load_tokenizer(model)
         stops = setup.stop_token_ids(model, tokenizer)
+        agents = Agents.of(tools, environment_factory, tokenizer, stops, args, rollout_func)
+        rewards = _reward_runner(_reward_functions(reward_funcs, reward_processing_classes), args, agents)
         max_context, max_prompt = _context(setup.model_config(model), args)
         assert not isinstance(args.chat_template_kwargs, str)  # the config has parsed it
         tokenize = PromptTokenizer(tokenizer, max_prompt, args.chat_template_kwargs)
+        tokenize = tokenize if agents is None else ToolPromptTokenizer(tokenize, agents)
+        train_dataset = agents.stand_in(args) if agents is not None and train_dataset is None else train_dataset
         check_dataset(train_dataset, "train_dataset", tokenize, args.prompts_per_generation)
-        if isinstance(train_dataset, Dataset):
-            rewards.check_columns(train_dataset.column_names)
+        if isinstance(train_dataset, Dataset) and rollout_func is None:
+            rewards.check_columns([*train_dataset.column_names, *(agents.columns if agents is not None else [])])
         for name, dataset in _named_datasets(eval_dataset):
             check_dataset(dataset, name, tokenize, 1)
         assert train_dataset is not None  # check_dataset has seen to it
@@ -121,7 +136,12 @@ class GRPOTrainer(Trainer):
             self.add_callback(self.progress)
         self.rewards, self.spare = rewards, spare
         self.collector = Collector(self.engine, tokenizer, tokenize, rewards, args, stops, self.progress.phase)
+        if agents is not None:
+            self.collector = AgentCollector(self.collector, agents, max_prompt)
+        elif rollout_func is not None:
+            self.collector = RolloutFuncCollector(self.collector, rollout_func, self)
         self.metrics = Metrics()
+        self.detectors = run_detectors(args, self.collector.weights, self.progress)
         self.learner = Learner(self.policy, args, self.metrics, self.progress.phase)
         self._samples: list[TrainingSample] | None = None  # of the generation in use, all completions
         self._records: list[RolloutRecord] = []
@@ -173,6 +193,7 @@ class GRPOTrainer(Trainer):
         with self.engine_awake():
             collected = self.collector.collect(rows, step, self.args.group_size, self.metrics, self.state, self.spare)
         self._note_generation(collected)
+        self.detectors.observe(collected.records, self.args.group_size, step, self.metrics)
         used = collected.used
         if self.args.kl_in_reward:
             add_kl(self.policy, used, self.args, self.metrics)
@@ -274,6 +295,8 @@ class GRPOTrainer(Trainer):
             self.engine.adapter_changed()  # empties the prefix cache: a resumed run has nothing of it there either
         self.collector.rate(collected.records, generations, metrics)
         results = metrics.drain(f"{metric_key_prefix}_")
+        step = self.state.global_step
+        results |= self.detectors.evaluated(metric_key_prefix, collected.records, generations, step)
         results[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         results[f"{metric_key_prefix}_tokens_per_s"] = collected.sampled_tokens / max(collected.rollout_seconds, 1e-9)
         super().log(dict(results))
@@ -341,6 +364,7 @@ class GRPOTrainer(Trainer):
         directory = Path(output_dir or self.output_dir)
         self.adapter.save(directory, self.base_model)
         self.collector.tokenizer.save_pretrained(str(directory))
+        checkpoint.write_base(directory, self.base_model, self.policy.weights.base)
         (directory / "grpo_config.json").write_text(self.args.to_json_string())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -355,14 +379,19 @@ class GRPOTrainer(Trainer):
         if self.state.global_step % self.args.updates_per_generation:
             write_records(directory / BATCH_FILE, self._records)
         (directory / PENDING_FILE).write_text(json.dumps(self.metrics.state()))
+        (directory / DETECTORS_FILE).write_text(json.dumps(self.detectors.state()))
         checkpoint.seal(directory)
         rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        checkpoint.check_base(directory, self.policy.weights.base)
         self._load_adapter(resume_from_checkpoint)
-        batch_file, pending_file = (Path(resume_from_checkpoint) / name for name in (BATCH_FILE, PENDING_FILE))
+        batch_file, pending_file, seen_file = (directory / name for name in (BATCH_FILE, PENDING_FILE, DETECTORS_FILE))
         if pending_file.is_file():
             self.metrics.load_state(json.loads(pending_file.read_text()))
+        if seen_file.is_file():
+            self.detectors.load_state(json.loads(seen_file.read_text()))
         if batch_file.is_file():
             self.adopt(read_records(batch_file))
 
@@ -375,18 +404,36 @@ class GRPOTrainer(Trainer):
         self.engine.adapter_changed()
 
 
-def _reward_runner(functions: Sequence[Callable[..., Any]], args: GRPOConfig) -> RewardRunner:
-    workers = None
+def _reward_runner(given: Sequence[Callable[..., Any]], args: GRPOConfig, agents: Agents | None) -> RewardRunner:
+    """Of the reward functions, and of the rewards that environments give, which have the weight 1."""
+    functions, weights, workers = list(given), args.reward_weights, None
+    if agents is not None:
+        functions += agents.rewards()
+        weights = None if weights is None else [*weights, *[1.0] * (len(functions) - len(given))]
+    if not functions:
+        raise ValueError(
+            "nothing gives a reward: pass reward_funcs, or an environment_factory whose environments have get_reward()"
+        )
     if args.reward_workers:
         workers = PoolLimits(args.reward_workers, args.reward_timeout, args.reward_memory_gib)
-    return RewardRunner(functions, args.reward_weights, args.reward_errors, workers, args.reward_failure_share)
+    return RewardRunner(
+        functions,
+        weights,
+        args.reward_errors,
+        workers,
+        args.reward_failure_share,
+        args.reward_concurrency,
+    )
 
 
 def _reward_functions(
-    reward_funcs: RewardFunction | Sequence[RewardFunction], tokenizers: Sequence[PreTrainedTokenizerBase | None] | None
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase | None] | None,
 ) -> list[Callable[..., Any]]:
     """Functions as they are; models wrapped so that they can be called alike."""
     functions: list[RewardFunction] = []
+    if reward_funcs is None:
+        reward_funcs = []
     if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str):
         functions += reward_funcs
     else:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -81,12 +81,41 @@ class GrowingLayer(DynamicLayer):
             self._key_room, self._value_room = self._key_room[indices], self._value_room[indices]
             self._show(cached)
 
+    def join(self, other: "GrowingLayer") -> None:
+        """Take in the rows of another layer, both filled; the fewer tokens of either are on the right, behind zeros."""
+        cached = max(self.get_seq_length(), other.get_seq_length())
+        self._key_room, self._value_room = _stack(self, other, cached, room=max(MINIMUM_ROOM, cached // 4))
+        self._show(cached)
+
+    def crop_left(self, columns: int) -> None:
+        """Forget the first tokens of every row."""
+        if self._key_room is not None and self._value_room is not None:
+            cached = self.get_seq_length()
+            self._key_room, self._value_room = self._key_room[:, :, columns:], self._value_room[:, :, columns:]
+            self._show(cached - columns)
+
     def _show(self, cached: int) -> tuple[Tensor, Tensor]:
         """Make `keys` and `values`, which transformers reads, the filled part of the room."""
         assert self._key_room is not None and self._value_room is not None
         keys, values = self._key_room[:, :, :cached], self._value_room[:, :, :cached]
         self.keys, self.values = keys, values
         return keys, values
+
+
+def _stack(first: DynamicLayer, second: DynamicLayer, cached: int, room: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values of the rows of both layers, which end at token `cached`, with `room` for more behind it.
+
+    What is before the tokens is zero: masked or not, a NaN there would spoil attention.
+    """
+    assert first.keys is not None and first.values is not None and second.keys is not None and second.values is not None
+    stacked = []
+    for one, other in ((first.keys, second.keys), (first.values, second.values)):
+        batch, heads, _, head_dim = one.shape
+        rows = one.new_zeros(batch + other.shape[0], heads, cached + room, head_dim)
+        rows[:batch, :, cached - one.shape[-2] : cached] = one
+        rows[batch:, :, cached - other.shape[-2] : cached] = other
+        stacked.append(rows)
+    return stacked[0], stacked[1]
 
 
 def _append(room: Tensor | None, cached: int, states: Tensor) -> Tensor:
@@ -106,3 +135,32 @@ def new_cache(config: PretrainedConfig) -> Cache:
     """An empty cache for a model of `config`: growing layers, and transformers' own for sliding windows."""
     layers = DynamicCache(config=config).layers
     return Cache(layers=[GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers])
+
+
+def join_caches(first: Cache, second: Cache) -> None:
+    """Let `first` take in the rows of `second`, both made by `new_cache` and filled; `second` is used up."""
+    for one, other in zip(first.layers, second.layers, strict=True):
+        if isinstance(one, GrowingLayer) and isinstance(other, GrowingLayer):
+            one.join(other)
+        else:
+            assert isinstance(one, DynamicSlidingWindowLayer) and isinstance(other, DynamicSlidingWindowLayer)
+            one.cumulative_length = max(one.cumulative_length, other.cumulative_length)
+            one.keys, one.values = _stack(one, other, _held(one))
+
+
+def crop_left(cache: Cache, columns: int) -> None:
+    """Forget the first tokens of every row of a cache made by `new_cache`."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.crop_left(columns)
+        else:
+            assert isinstance(layer, DynamicSlidingWindowLayer)
+            assert layer.keys is not None and layer.values is not None
+            layer.cumulative_length -= columns
+            held = _held(layer)
+            layer.keys, layer.values = layer.keys[:, :, -held:], layer.values[:, :, -held:]
+
+
+def _held(layer: DynamicSlidingWindowLayer) -> int:
+    """How many tokens transformers keeps of those that a layer with a window has seen."""
+    return min(layer.cumulative_length, layer.sliding_window - 1)

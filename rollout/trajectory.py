@@ -35,8 +35,9 @@ class Trajectory:
         request_id: the id it was asked for under.
         prompt_ids: the prompt's token ids.
         segments: what followed, in order.
-        finish_reason: `stop` (a stop token was sampled and is the last token) or `length`.
+        finish_reason: `stop` (a stop token was sampled and is the last token) or `length` (a limit ended it).
         seed: the seed of its (first) sampling.
+        cached_tokens: tokens before the last segment whose keys and values the engine still had.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class Trajectory:
     segments: list[Segment] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
     seed: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def completion_ids(self) -> list[int]:

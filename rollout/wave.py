@@ -1,7 +1,7 @@
-"""A wave: requests admitted together, decoded in lockstep as one batch that shrinks as they finish."""
+"""A wave: requests that are decoded as one batch, which shrinks as they finish and takes in those of other waves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .engine import RolloutRequest
-from .kv_cache import new_cache
+from .kv_cache import crop_left, join_caches, new_cache
 from .trajectory import FinishReason, Segment, Trajectory
 
 NO_TOKEN = -1  # fills the table of stop tokens; no sampled id equals it
+SIMILAR, CLOSE = 2, 256  # waves are joined where the longer is at most so many times, or tokens, longer
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
@@ -43,29 +44,39 @@ def sample(logits: Tensor, temperature: Tensor, greedy: Tensor, uniform: Tensor)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
+@dataclass(eq=False)
+class _Row:
+    """A request that runs: what was sampled, and the random numbers for what is to come."""
+
+    request: RolloutRequest
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
 @dataclass
-class _Rows:
+class _Tensors:
     """What decoding needs of every running row, on the model's device; (rows, ...) each."""
 
-    index: Tensor  # column in the wave's tables
     temperature: Tensor
     greedy: Tensor
     stops: Tensor  # (rows, most stop tokens of a row), filled up with NO_TOKEN
-    prompt_length: Tensor
-    attended: Tensor | None  # (rows, longest prompt + most tokens) bool, False on left padding; None without padding
+    position: Tensor  # of the token that is sampled next
+    padding: Tensor  # columns of the cache before the row's first token
+    last: Tensor  # the token sampled last
 
-    def select(self, keep: Tensor) -> "_Rows":
-        attended = None if self.attended is None else self.attended[keep]
-        if attended is not None and bool(attended[:, 0].all()):
-            attended = None  # the padded rows are gone, and attention without a mask is faster
-        return _Rows(
-            self.index[keep],
-            self.temperature[keep],
-            self.greedy[keep],
-            self.stops[keep],
-            self.prompt_length[keep],
-            attended,
-        )
+    def select(self, keep: Tensor) -> "_Tensors":
+        return _Tensors(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+
+    def joined(self, other: "_Tensors") -> "_Tensors":
+        """The rows of both."""
+        most = max(self.stops.shape[1], other.stops.shape[1])
+        filled = [
+            torch.nn.functional.pad(part.stops, (0, most - part.stops.shape[1]), value=NO_TOKEN)
+            for part in (self, other)
+        ]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__}
+        return _Tensors(**{name: torch.cat(pair) for name, pair in (pairs | {"stops": tuple(filled)}).items()})
 
 
 class Wave:
@@ -75,48 +86,33 @@ class Wave:
         requests: at least one.
         model: a causal LM of transformers, in eval mode.
         prefill_tokens: most tokens of one forward of the prefill, which is cut along the sequence where there are more.
+
+    Attributes:
+        width: columns of the cache: the tokens, and padding on the left, that every running row has.
     """
 
     def __init__(self, requests: Sequence[RolloutRequest], model: PreTrainedModel, prefill_tokens: int):
-        self._live = list(requests)
+        self._live = [_Row(request, uniforms(request.seed, request.sampling.max_tokens)) for request in requests]
         self._model = model
         self._prefill_tokens = prefill_tokens
         self._cache = new_cache(model.config)
-        device = model.device
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(r.prompt_ids for r in requests))}
         self._prompts = list(numbers)
-        self._prompt_of_row = torch.tensor([numbers[r.prompt_ids] for r in requests], device=device)
-        self._longest_prompt = max(len(prompt) for prompt in self._prompts)
+        self._prompt_of_row = torch.tensor([numbers[r.prompt_ids] for r in requests], device=model.device)
+        self.width = max(len(prompt) for prompt in self._prompts)
+        self._padded = any(len(prompt) < self.width for prompt in self._prompts)
+        self._tensors = self._make_tensors(requests)
 
-        most_tokens = max(r.sampling.max_tokens for r in requests)
-        table = np.zeros((most_tokens, len(requests)))
-        for column, request in enumerate(requests):
-            table[: request.sampling.max_tokens, column] = uniforms(request.seed, request.sampling.max_tokens)
-        self._uniform = torch.from_numpy(table).to(device)  # tables: (most tokens, requests)
-        self._tokens = torch.zeros(table.shape, dtype=torch.int64, device=device)
-        self._logprobs = torch.zeros(table.shape, dtype=torch.float32, device=device)
-        self._count = 0  # tokens sampled so far, the same in every running row
-        self._last = torch.empty(0)  # (rows,) the tokens sampled last
-        self._rows = self._make_rows(most_tokens, device)
-
-    def _make_rows(self, most_tokens: int, device: torch.device) -> _Rows:
-        temperatures = torch.tensor([r.sampling.temperature for r in self._live], dtype=torch.float32)
-        greedy = temperatures == 0
-        most_stops = max(len(r.sampling.stop_token_ids) for r in self._live)
-        stops = torch.full((len(self._live), most_stops), NO_TOKEN)
-        for row, request in enumerate(self._live):
+    def _make_tensors(self, requests: Sequence[RolloutRequest]) -> _Tensors:
+        temperature = torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32)
+        greedy = temperature == 0
+        stops = torch.full((len(requests), max(len(r.sampling.stop_token_ids) for r in requests)), NO_TOKEN)
+        for row, request in enumerate(requests):
             stops[row, : len(request.sampling.stop_token_ids)] = torch.tensor(request.sampling.stop_token_ids)
-        lengths = torch.tensor([len(r.prompt_ids) for r in self._live])
-        columns = torch.arange(self._longest_prompt + most_tokens)
-        attended = columns[None] >= (self._longest_prompt - lengths)[:, None]
-        return _Rows(
-            torch.arange(len(self._live), device=device),
-            torch.where(greedy, 1.0, temperatures).to(device),
-            greedy.to(device),
-            stops.to(device),
-            lengths.to(device),
-            None if bool(attended.all()) else attended.to(device),
-        )
+        lengths = torch.tensor([len(r.prompt_ids) for r in requests])
+        last = torch.zeros_like(lengths)
+        tensors = (torch.where(greedy, 1.0, temperature), greedy, stops, lengths, self.width - lengths, last)
+        return _Tensors(*(tensor.to(self._model.device) for tensor in tensors))
 
     @property
     def running(self) -> int:
@@ -129,29 +125,46 @@ class Wave:
         Raises:
             FloatingPointError: logits that are not finite, naming the request.
         """
-        logits = self._prefill() if self._count == 0 else self._decode()
-        rows = self._rows
-        uniform = self._uniform[self._count][rows.index]
-        self._last, logprobs = sample(logits, rows.temperature, rows.greedy, uniform)
-        self._tokens[self._count, rows.index] = self._last
-        self._logprobs[self._count, rows.index] = logprobs
-        stopped = (self._last[:, None] == rows.stops).any(dim=-1)
+        logits = self._decode() if self._live[0].tokens else self._prefill()
+        rows = self._tensors
+        uniform = torch.tensor([row.uniforms[len(row.tokens)] for row in self._live], dtype=torch.float64)
+        rows.last, logprobs = sample(logits, rows.temperature, rows.greedy, uniform.to(logits.device))
+        stopped = (rows.last[:, None] == rows.stops).any(dim=-1)
         finite = logits.isfinite().all(dim=-1)
-        stop_flags, finite_flags = torch.stack((stopped, finite)).tolist()  # waits for the device
-        self._check_finite(finite_flags)
-        self._count += 1
-        return self._retire(stop_flags)
+        # The only time that a step waits for the device; a double holds all of them exactly.
+        results = torch.stack([tensor.double() for tensor in (rows.last, logprobs, stopped, finite)]).tolist()
+        self._check_finite(results[3])
+        for row, token, logprob in zip(self._live, results[0], results[1], strict=True):
+            row.tokens.append(int(token))
+            row.logprobs.append(logprob)
+        return self._retire(results[2])
+
+    def similar(self, other: "Wave") -> bool:
+        """Whether one batch of both would have little more padding than the two have."""
+        short, long = sorted((self.width, other.width))
+        return long <= max(SIMILAR * short, short + CLOSE)
+
+    def join(self, other: "Wave") -> None:
+        """Take in the rows of another wave, both having been advanced. What rows sample does not change by it."""
+        width = max(self.width, other.width)
+        join_caches(self._cache, other._cache)
+        for wave in (self, other):
+            wave._tensors.padding += width - wave.width
+        self._padded |= other._padded or self.width != other.width
+        self.width = width
+        self._live += other._live
+        self._tensors = self._tensors.joined(other._tensors)
 
     def _prefill(self) -> Tensor:
         """Fill the cache from the prompts; logits (rows, vocab) of each row's first token."""
-        device, longest, count = self._model.device, self._longest_prompt, len(self._prompts)
+        device, longest, count = self._model.device, self.width, len(self._prompts)
         ids = torch.zeros((count, longest), dtype=torch.int64)
         attended = torch.zeros((count, longest), dtype=torch.bool)
         for number, prompt in enumerate(self._prompts):
             ids[number, longest - len(prompt) :] = torch.tensor(prompt)
             attended[number, longest - len(prompt) :] = True
         positions = (attended.cumsum(dim=-1) - 1).clamp(min=0).to(device)
-        mask = None if bool(attended.all()) else attended.to(device)
+        mask = attended.to(device) if self._padded else None
         ids = ids.to(device)
         width = max(1, self._prefill_tokens // count)
         for start in range(0, longest, width):
@@ -165,10 +178,14 @@ class Wave:
 
     def _decode(self) -> Tensor:
         """Logits (rows, vocab) after the tokens sampled last."""
-        rows = self._rows
-        seen = None if rows.attended is None else rows.attended[:, : self._longest_prompt + self._count]
-        positions = rows.prompt_length + (self._count - 1)
-        return self._forward(self._last[:, None], seen, positions[:, None])
+        rows = self._tensors
+        self.width += 1
+        seen = None
+        if self._padded:
+            seen = torch.arange(self.width, device=rows.padding.device) >= rows.padding[:, None]
+        logits = self._forward(rows.last[:, None], seen, rows.position[:, None])
+        rows.position += 1
+        return logits
 
     def _forward(self, ids: Tensor, attended: Tensor | None, positions: Tensor) -> Tensor:
         output = self._model(
@@ -181,37 +198,54 @@ class Wave:
         )
         return output.logits[:, -1]
 
-    def _check_finite(self, finite: list[bool]) -> None:
-        for request, good in zip(self._live, finite, strict=True):
+    def _check_finite(self, finite: list[float]) -> None:
+        for row, good in zip(self._live, finite, strict=True):
             if not good:
                 raise FloatingPointError(
-                    f"request {request.request_id!r}: the model's logits are not finite after "
-                    f"{len(request.prompt_ids)} prompt and {self._count} completion tokens; check the adapter and the "
-                    f"base weights for NaN or infinity, or an overflow of {self._model.dtype}"
+                    f"request {row.request.request_id!r}: the model's logits are not finite after "
+                    f"{len(row.request.prompt_ids)} prompt and {len(row.tokens)} completion tokens; check the adapter "
+                    f"and the base weights for NaN or infinity, or an overflow of {self._model.dtype}"
                 )
 
-    def _retire(self, stopped: list[bool]) -> list[Trajectory]:
+    def _retire(self, stopped: list[float]) -> list[Trajectory]:
         """Take the finished rows out of the batch and out of the cache."""
-        done: dict[int, FinishReason] = {}
-        for row, (request, stop) in enumerate(zip(self._live, stopped, strict=True)):
-            if stop or self._count == request.sampling.max_tokens:
-                done[row] = "stop" if stop else "length"
-        if not done:
-            return []
-        columns = self._rows.index[torch.tensor(list(done), device=self._model.device)]
-        tokens = self._tokens[: self._count, columns].T.tolist()
-        logprobs = self._logprobs[: self._count, columns].T.tolist()
-        finished = []
-        for (row, reason), row_tokens, row_logprobs in zip(done.items(), tokens, logprobs, strict=True):
-            request = self._live[row]
-            segment = Segment(row_tokens, "model", row_logprobs)
+        finished, kept = [], []
+        for number, (row, stop) in enumerate(zip(self._live, stopped, strict=True)):
+            request = row.request
+            if not stop and len(row.tokens) < request.sampling.max_tokens:
+                kept.append(number)
+                continue
+            reason: FinishReason = "stop" if stop else "length"
+            segment = Segment(row.tokens, "model", row.logprobs)
             finished.append(
                 Trajectory(request.request_id, list(request.prompt_ids), [segment], reason, request.seed),
             )
-        kept = [row for row in range(len(self._live)) if row not in done]
-        self._live = [self._live[row] for row in kept]
-        if kept:
-            keep = torch.tensor(kept, device=self._model.device)
-            self._rows, self._last = self._rows.select(keep), self._last[keep]
-            self._cache.batch_select_indices(keep)
+        if finished:
+            self._keep(kept)
         return finished
+
+    def _keep(self, kept: list[int]) -> None:
+        self._live = [self._live[number] for number in kept]
+        if not kept:
+            return
+        keep = torch.tensor(kept, device=self._model.device)
+        self._tensors = self._tensors.select(keep)
+        self._cache.batch_select_indices(keep)
+        if self._padded:
+            least, most = torch.stack(self._tensors.padding.aminmax()).tolist()
+            if least:  # the longest rows have left
+                crop_left(self._cache, least)
+                self._tensors.padding -= least
+                self.width -= least
+            self._padded = most > least  # attention without a mask is faster
+
+
+def join_similar(waves: Sequence[Wave]) -> list[Wave]:
+    """The waves, those of similar widths joined: every wave costs a forward a step."""
+    joined: list[Wave] = []
+    for wave in sorted(waves, key=lambda wave: -wave.width):
+        if joined and joined[-1].similar(wave):
+            joined[-1].join(wave)
+        else:
+            joined.append(wave)
+    return joined

@@ -1,6 +1,7 @@
 """What two runs left in their output directories, compared bit by bit."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def _optimizer(checkpoint: Path) -> list[torch.Tensor]:
-    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    return [states[index][name] for index in sorted(states) for name in sorted(states[index])]
+    return list(tensors_of(torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]))
+
+
+def tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """What is in a dict of dicts, by their keys; numbers as tensors."""
+    if not isinstance(state, dict):
+        yield torch.as_tensor(state)
+        return
+    for name in sorted(state):
+        yield from tensors_of(state[name])
 
 
 def read_log(checkpoint: Path) -> list[dict[str, Any]]:

@@ -56,7 +56,9 @@ def test_the_configuration_is_one(root: Path, tmp_path: Path, chat_model: str, m
     assert printed["lora"] == {"r": 32, "lora_alpha": 32} and printed["learning_rate"] == 2e-5
 
 
-@pytest.mark.parametrize("name", ["algorithms", "configuration", "how-it-works", "rewards", "troubleshooting"])
+@pytest.mark.parametrize(
+    "name", ["agents", "algorithms", "configuration", "how-it-works", "rewards", "troubleshooting"]
+)
 def test_links_and_files_that_are_named_exist(root: Path, name: str) -> None:
     for page in (root / "README.md", root / "docs" / f"{name}.md"):
         text = page.read_text()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from colora.rl.cli import main, split_arguments
+from colora.rl.dataset_files import open_dataset
 from colora.rl.environment import describe_environment
-from colora.rl.inputs import open_dataset
 from colora.rl.option_help import train_help
 from colora.rl.options import HONOURED, REFUSED
 from colora.rl.run_config import read_run_config
@@ -146,6 +146,7 @@ def test_errors_are_one_line_on_stderr_and_exit_2(run):
         ({"dataset": "none.jsonl"}, [], "dataset 'none.jsonl': there is no such file or directory"),
         ({"eval_strategy": "steps"}, [], "eval_strategy is set, but there is no eval_dataset"),
         ({"model": "./nowhere"}, [], "model './nowhere': there is no such directory"),
+        ({"base": "nf4"}, [], "q_proj.weight: NF4 needs rows that are a multiple of 64 weights, these have 16"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_loaded(run, capsys, changes, arguments, message):
@@ -256,7 +257,8 @@ def test_datasets_open_in_every_form(tmp_path):
     for name in ("rows.parquet", "rows.csv", "rows.json", "saved", "splits", "make.py:build"):
         assert len(open_dataset(str(tmp_path / name))) == 3
     assert len(open_dataset(str(tmp_path / "splits"), split="test")) == 1
-    assert open_dataset(str(tmp_path / "rows.csv"), split="train[1:]")["answer"] == ["y", "z"]
+    part = open_dataset(str(tmp_path / "rows.csv"), split="train[1:]")
+    assert part["answer"] == ["y", "z"] and part["prompt"] == ["2", "3"]  # texts, though they could be numbers
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 import trl
+from colora.rl import option_values
 from colora.rl.config import GRPOConfig
 from colora.rl.options import ALSO_ACCEPTED, HONOURED_BY_TRANSFORMERS, HONOURED_HERE, INERT, REFUSED
+from transformers.training_args import OptimizerNames
 
 
 def make(**options):
@@ -47,7 +49,7 @@ OFF_DEFAULT = {
     "vllm_server_port": 1, "vllm_server_timeout": 1.0, "vllm_group_port": 1, "vllm_model_impl": "transformers",
     "vllm_gpu_memory_utilization": 0.5, "vllm_max_model_length": 1024, "vllm_tensor_parallel_size": 2,
     "use_adaptive_entropy": True, "entropy_coef_min": 0.1, "entropy_coef_max": 2.0, "entropy_coef_delta": 0.1,
-    "entropy_target": 1.0, "max_tool_calling_iterations": 3, "sync_ref_model": True,
+    "entropy_target": 1.0, "sync_ref_model": True,
     "ref_model_mixup_alpha": 0.1, "ref_model_sync_steps": 1, "vllm_importance_sampling_cap": 2.0,
     "log_unique_prompts": True, "log_completions_hub_repo": "someone/completions",
 }  # fmt: skip
@@ -117,6 +119,7 @@ def test_an_option_of_a_later_trl_is_refused_off_its_default(monkeypatch):
         ({"bf16": True, "fp16": True}, "bf16=True and fp16=True contradict each other: set `dtype` alone"),
         ({"dtype": "float32", "bf16": True}, "dtype='float32' and bf16=True contradict each other"),
         ({"dtype": "int8"}, "dtype='int8': choose auto or float32 or bfloat16 or float16"),
+        ({"base": "int4"}, "base='int4': choose auto or nf4"),
         ({"device": "tpu"}, "device='tpu': give cpu or cuda"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"optim": "lomo"}, "optim='lomo' updates inside the backward pass"),
@@ -126,6 +129,17 @@ def test_an_option_of_a_later_trl_is_refused_off_its_default(monkeypatch):
 def test_a_bad_value_is_named_with_what_to_do(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", OptimizerNames.ADAMW_BNB])
+def test_an_optimizer_of_bitsandbytes_wants_it_installed(monkeypatch, optim):
+    assert make(optim=optim).optim == OptimizerNames(optim)
+    monkeypatch.setattr(option_values, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r'8bit\' is of bitsandbytes, which is not installed: pip install "colora\[bnb\]"'
+    ):
+        make(optim=optim)
+    make(optim="adamw_torch")
 
 
 def test_defaults_are_the_documented_ones_and_honoured_options_pass():

@@ -373,16 +373,6 @@ def test_weights_of_another_model_are_refused(make_policy):
         TransformersEngine(policy.weights, other.config)
 
 
-def test_quantised_weights_are_refused(make_policy):
-    class Quantised:
-        pass
-
-    policy = make_policy("llama")
-    policy.weights.linears["model.layers.1.mlp.down_proj"].weight = Quantised()
-    with pytest.raises(ValueError, match="1 projections are quantised .*model.layers.1.mlp.down_proj"):
-        engine_of(policy)
-
-
 @pytest.mark.parametrize("setting", ["max_context", "max_sequences", "prefill_tokens"])
 def test_limits_below_one_are_refused(setting, make_policy):
     with pytest.raises(ValueError, match=f"{setting} must be at least 1, got 0"):

@@ -136,6 +136,12 @@ def test_more_requests_than_sequences_at_once(engine: VLLMEngine) -> None:
     assert len(list(generate(engine, requests_of([5] * 20, VOCAB, 4)))) == 20
 
 
+def test_more_prompt_tokens_than_a_forward_takes(engine: VLLMEngine) -> None:
+    """Seeded prompts that are computed in pieces make vLLM's CPU sampler fail."""
+    requests = requests_of([450] * 8, VOCAB, 4)
+    assert by_id(list(generate(engine, requests)))["r7"] == by_id(list(generate(engine, requests[7:])))["r7"]
+
+
 def test_only_the_stop_tokens_asked_for_end_a_completion(engine: VLLMEngine) -> None:
     (free,) = generate(engine, requests_of([8], VOCAB, 400))
     assert free.finish_reason == "length" and len(free.completion_ids) == 400
