@@ -56,11 +56,13 @@ def peak_memory(poll_seconds: float = 0.02) -> Iterator[list[float]]:
 class Report:
     """The rows of one script's figures, written as benchmarks/results/NAME.json.
 
-    Make it before anything is allocated on the card: it notes what was free.
+    Make it before anything is allocated on the card: it notes what was free. `script` is the script's name where its
+    figures are in several files.
     """
 
     name: str
     options: argparse.Namespace
+    script: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,7 +79,7 @@ class Report:
         packages = ("torch", "triton", "vllm", "transformers", "trl", "peft")
         versions = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
         content = {
-            "script": f"benchmarks/{self.name}.py",
+            "script": f"benchmarks/{self.script or self.name}.py",
             "commit": self.options.commit or commit(),
             "date": date.today().isoformat(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",

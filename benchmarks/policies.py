@@ -12,15 +12,23 @@ LORA = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"}
 Step = Callable[[Tensor], None]  # forward and backward of one row of token ids
 
 
-def random_policy(config: PreTrainedConfig, device: str = "cuda") -> Any:
-    """A bf16 policy that recomputes its blocks in the backward pass."""
+def random_policy(config: PreTrainedConfig, device: str = "cuda", base: str = "auto") -> Any:
+    """A bf16 policy that recomputes its blocks in the backward pass; its base dense, or quantised to NF4."""
     from colora.rl.families import block_spec, model_layout
     from colora.rl.policy import build
+    from colora.weightshare.base_format import base_format
     from colora.weightshare.weights import SharedWeights
 
-    weights = SharedWeights.empty(model_layout(block_spec(config)), torch.bfloat16, device)
-    for name, tensor in weights.dense_parameters():
+    layout, dtype = model_layout(block_spec(config)), torch.bfloat16
+    weights = SharedWeights.empty(layout, dtype, device, base_format(base, ()))
+    for name, tensor in weights.tensors.items():
         tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(0.0, 0.02)
+    for linear in weights.linears.values():
+        for part in linear.parts:
+            rows = torch.empty(part.stop - part.start, linear.weight.in_features, dtype=dtype, device=device)
+            linear.weight.load_rows(part.start, rows.normal_(0.0, 0.02))
+        if linear.bias is not None:
+            linear.bias.zero_()
     policy = build(weights, config, LoraConfig(**LORA, init_lora_weights=False), seed=0)
     policy.gradient_checkpointing = True
     return policy

@@ -56,12 +56,12 @@ class Clock(TrainerCallback):
         self.steps.append({"seconds": time.perf_counter() - self.started, "peak_gib": self.peak[0]})
 
 
-def train_ours(checkpoint: Path, clock: Clock, tokens_per_microbatch: int) -> dict:
+def train_ours(checkpoint: Path, clock: Clock, tokens_per_microbatch: int, base: str = "auto") -> dict:
     from colora import GRPOConfig, GRPOTrainer
 
     started = time.perf_counter()
     config = GRPOConfig(
-        mkdtemp(), engine="vllm", per_device_train_batch_size=64, max_context=512 + 1024 + 64,
+        mkdtemp(), engine="vllm", base=base, per_device_train_batch_size=64, max_context=512 + 1024 + 64,
         tokens_per_microbatch=tokens_per_microbatch, engine_kwargs={"max_num_seqs": 64}, **SHARED,
     )  # fmt: skip
     trainer = GRPOTrainer(str(checkpoint), reward, config, prompts(), peft_config=LoraConfig(**LORA), callbacks=[clock])

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from checkpoints import ALL, SHAPES
+from checkpoints import HEADS, SHAPES
 from colora.kernels.offload import ActivationOffload
 from colora.kernels.tiled_mlp import TILE_TOKENS, tiled_gradients
 from colora.rl.policy import Policy
@@ -29,7 +29,7 @@ OFFLOAD_BAR, BLOCKS_BAR, TILED_BAR = 1.01, 3.0, 1.10
 
 def make_policy(layers: int) -> Policy:
     shape = SHAPES["8b"] | {"num_hidden_layers": layers}
-    config = Qwen3Config(**ALL | {"vocab_size": 1024}, **shape, max_position_embeddings=131072, dtype=torch.bfloat16)
+    config = Qwen3Config(**HEADS, **shape, vocab_size=1024, dtype=torch.bfloat16)
     return random_policy(config)
 
 

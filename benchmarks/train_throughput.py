@@ -1,9 +1,10 @@
 """Forward and backward of one packed row, 8B shape, bf16, LoRA r=32 on all linears: share of the roof, tokens/s, peak.
 
-Ours against transformers + PEFT + gradient checkpointing + SDPA, and against the same patched by Liger, one after the
-other, each in a process of its own: `python benchmarks/train_throughput.py`. The weights are random; every token is
-trained. The roof is the rate of a large bf16 matrix product, measured in the same run; counted are 6 FLOPs a parameter
-a token and the causal half of attention, forward and twice that backward. Recomputation is not counted.
+Ours against transformers + PEFT + gradient checkpointing + SDPA, and against the same patched by Liger, and ours on a
+base quantised to NF4, one after the other, each in a process of its own: `python benchmarks/train_throughput.py`. The
+weights are random; every token is trained. The roof is the rate of a large bf16 matrix product, measured in the same
+run; counted are 6 FLOPs a parameter a token and the causal half of attention, forward and twice that backward.
+Recomputation is not counted.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from policies import policy_step, random_policy, transformers_step
 from transformers import Qwen3Config
 
 LENGTHS = {"8k": 8192, "32k": 32768, "64k": 65536}
-SIDES = ("ours", "transformers", "liger")
-BAR = 0.5
+SIDES = ("ours", "nf4", "transformers", "liger")
+BAR, NF4_BAR = 0.5, 0.85
 
 
 def flops(config: Qwen3Config, tokens: int) -> float:
@@ -34,7 +35,10 @@ def flops(config: Qwen3Config, tokens: int) -> float:
 def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str, dict[str, float] | None]:
     """{length: {seconds, spread, peak_gib}}, None where the memory does not suffice."""
     config = model_config(shape)
-    step = policy_step(random_policy(config)) if side == "ours" else transformers_step(config, side == "liger")
+    if side in ("ours", "nf4"):
+        step = policy_step(random_policy(config, base="nf4" if side == "nf4" else "auto"))
+    else:
+        step = transformers_step(config, side == "liger")
     results: dict[str, dict[str, float] | None] = {}
     for name in lengths:
         tokens = torch.randint(0, config.vocab_size, (LENGTHS[name],), device="cuda")
@@ -60,6 +64,7 @@ def main() -> None:
     options.add_argument("--shape", choices=list(SHAPES), default="8b")
     options.add_argument("--lengths", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours has to be among them")
     options.add_argument("--side", choices=SIDES, help="run this one here and print its times")
     arguments = options.parse_args()
     if arguments.side:
@@ -67,7 +72,7 @@ def main() -> None:
         return
     report, roof, config = Report("train_throughput", arguments), matmul_roof(), model_config(arguments.shape)
     torch.cuda.empty_cache()
-    sides = {side: in_a_process(side, arguments) for side in SIDES}
+    sides = {side: in_a_process(side, arguments) for side in arguments.sides}
     for name in arguments.lengths:
         found = {side: results[name] for side, results in sides.items()}
         speeds = {side: round(LENGTHS[name] / result["seconds"]) for side, result in found.items() if result}
@@ -89,6 +94,18 @@ def main() -> None:
             repeats=arguments.repeats,
             spread=round(mine["spread"], 3),
         )
+        nf4 = found.get("nf4")
+        if nf4 is not None:
+            report.add(
+                f"nf4.train_speed_over_bf16.{arguments.shape}.{name}",
+                mine["seconds"] / nf4["seconds"],
+                "ratio",
+                "higher",
+                bar=NF4_BAR,
+                bar_is="tokens/s on the bf16 base, same run, are 1",
+                repeats=arguments.repeats,
+                spread=round(nf4["spread"], 3),
+            )
     print(report.write())
 
 
