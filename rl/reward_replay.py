@@ -80,9 +80,10 @@ def replay_rewards(
 def _run_weights(run: PastRun, records: Sequence[RolloutRecord]) -> dict[str, float]:
     """The weight of each recorded reward, by name."""
     names = _functions(run, records)
-    weights = run.config.reward_weights or [1.0] * len(names)
-    if len(weights) != len(names):
+    weights = run.config.reward_weights or []
+    if len(weights) > len(names):
         raise ValueError(f"the run's reward_weights has {len(weights)} entries for the rewards {', '.join(names)}")
+    weights = [*weights, *[1.0] * (len(names) - len(weights))]  # what environments give comes last and counts once
     return reward_weights(dict(zip(names, weights, strict=True)), run.config)
 
 

@@ -192,3 +192,12 @@ def test_correlations_are_those_of_pandas() -> None:
     expected = both["old"].corr(both["new"]), ranks["old"].corr(ranks["new"])
     assert correlations(old, new) == pytest.approx(expected)
     assert correlations(np.ones(3), np.arange(3.0)) is None
+
+
+def test_rewards_without_a_weight_of_their_own_are_those_of_environments(folder: Path, capsys) -> None:
+    path = Path("run/run.yaml")
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(values | {"reward_weights": [1.0]}))
+    assert "recorded advantages" in replay(capsys, "--reward", "mine.py:short", "--against", "short")
+    path.write_text(yaml.safe_dump(values | {"reward_weights": [1.0, 1.0, 1.0]}))
+    assert "reward_weights has 3 entries" in replay(capsys, "--reward", "mine.py:short", code=2)
