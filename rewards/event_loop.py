@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+INTERRUPTIBLE_SECONDS = 0.25
 
 
 class EventLoopThread:
@@ -27,6 +28,17 @@ class EventLoopThread:
     def close(self) -> None:
         """Cancel what still runs and stop the loop. May be called twice."""
         self._finalizer()
+
+
+def wait_for(future: "concurrent.futures.Future[Result]") -> Result:
+    """The result, waited for so that Ctrl-C always ends the wait.
+
+    One that comes between Python's last look for signals and the system call that waits is seen only after the call:
+    so none lasts long.
+    """
+    while not future.done():
+        concurrent.futures.wait([future], timeout=INTERRUPTIBLE_SECONDS)
+    return future.result()
 
 
 def _serve(started: "concurrent.futures.Future[asyncio.AbstractEventLoop]") -> None:

@@ -129,6 +129,7 @@ def _become_worker(control: Connection, descriptor: int, log: int, functions: di
         serve(Connection(descriptor), functions)
         status = 0
     except SystemExit as ending:
+        traceback.print_exc()  # where, for the reason that is recorded
         status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BaseException:
         traceback.print_exc()

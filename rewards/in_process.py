@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from .calls import CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
-from .event_loop import EventLoopThread
+from .event_loop import EventLoopThread, wait_for
+from .pooled import REMEDIES
 
 
 class InProcessFunctions:
@@ -17,12 +18,14 @@ class InProcessFunctions:
     Args:
         stop_at_error: look no further than the first sample that fails.
         concurrency: calls of async functions that are under way at once, at least 1.
+        timeout: seconds that a call of an async function may wait for something; what it was to score is not scored
+            then. None: no limit. One that computes instead of awaiting cannot be ended.
     """
 
-    def __init__(self, stop_at_error: bool, concurrency: int):
+    def __init__(self, stop_at_error: bool, concurrency: int, timeout: float | None):
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency} must be at least 1 call of async reward functions at a time")
-        self.stop_at_error = stop_at_error
+        self.stop_at_error, self._timeout = stop_at_error, timeout
         self._slots = asyncio.Semaphore(concurrency)
         self._concurrency = concurrency
         self._loop: EventLoopThread | None = None
@@ -39,13 +42,13 @@ class InProcessFunctions:
         """Start a call of an async function."""
         if self._loop is None:
             self._loop = EventLoopThread("colora-rewards")
-        return self._loop.submit(_call_async(function, batch, self._slots))
+        return self._loop.submit(_call_async(function, batch, self._slots, self._timeout))
 
     def run(self, calls: Sequence[tuple[RewardFunction, RewardBatch]]) -> list[CallOutcome]:
         """The outcome of each call, in order; async ones concurrently. Interrupted, these are cancelled."""
         waiting = {index: self.submit(*call) for index, call in enumerate(calls) if call[0].is_async}
         try:
-            return [waiting[index].result() if index in waiting else _call(*call) for index, call in enumerate(calls)]
+            return [wait_for(waiting[index]) if index in waiting else _call(*call) for index, call in enumerate(calls)]
         except BaseException:
             for future in waiting.values():
                 future.cancel()
@@ -72,7 +75,7 @@ class InProcessFunctions:
                 merged.put(range(index, index + 1), part)
                 if part.raised is not None:
                     merged.problems.append(_problem(part.raised, index))
-            if merged.problems and self.stop_at_error:
+            if self.stop_at_error and _has_error(merged):
                 break
         if not merged.problems:
             merged.problems.append(_problem(first.raised, None))
@@ -129,9 +132,9 @@ class AsyncScoring:
         """Wait for all calls; the outcome on the whole batch."""
         outcome = CallOutcome([None] * len(self._batch))
         for chunk in sorted(self._futures, key=lambda chunk: chunk.start):
-            first = self._futures[chunk].result()
+            first = wait_for(self._futures[chunk])
             outcome.put(chunk, self._calls.settle(self._function, self._batch.part(chunk), first))
-            if outcome.problems and self._calls.stop_at_error:
+            if self._calls.stop_at_error and _has_error(outcome):
                 break
         return outcome
 
@@ -152,20 +155,33 @@ def _call(function: RewardFunction, batch: RewardBatch) -> CallOutcome:
     return outcome
 
 
-async def _call_async(function: RewardFunction, batch: RewardBatch, slots: asyncio.Semaphore) -> CallOutcome:
+async def _call_async(
+    function: RewardFunction, batch: RewardBatch, slots: asyncio.Semaphore, timeout: float | None
+) -> CallOutcome:
     async with slots:
-        log, start = CallLog(), time.perf_counter()
+        log, start, limit = CallLog(), time.perf_counter(), asyncio.timeout(timeout)
+        outcome = CallOutcome([None] * len(batch))
         try:
-            returned = await function.func(**function.select(batch.arguments(log)))
+            async with limit:
+                returned = await function.func(**function.select(batch.arguments(log)))
+            outcome = read_result(returned, log, len(batch))
         except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
             # A SystemExit let through here would end the loop's thread: the caller's thread raises it instead.
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return CallOutcome([None] * len(batch), seconds=time.perf_counter() - start, raised=error)
-        outcome = read_result(returned, log, len(batch))
+            if limit.expired() and isinstance(error, TimeoutError):
+                reason, remedy = f"it did not return within {timeout:g} s", REMEDIES["timeout"]
+                outcome.problems += [Problem(reason, remedy, index, None, "timeout") for index in range(len(batch))]
+            else:
+                outcome.raised = error
         outcome.seconds = time.perf_counter() - start
         return outcome
+
+
+def _has_error(outcome: CallOutcome) -> bool:
+    """Whether something went wrong that is not a limit, which costs only the sample."""
+    return any(problem.kind == "error" for problem in outcome.problems)
 
 
 def _problem(error: BaseException, sample: int | None) -> Problem:
@@ -173,4 +189,4 @@ def _problem(error: BaseException, sample: int | None) -> Problem:
     if sample is None:
         reason += " (on the whole batch; called with one sample at a time it does not)"
     remedy = "Make the function handle this input, or return None to skip a sample"
-    return Problem(reason, f'{remedy}; on_error="none" does so for every sample that fails.', sample, error)
+    return Problem(reason, f"{remedy}; `reward_errors: none` does so for every sample that fails.", sample, error)

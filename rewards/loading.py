@@ -88,7 +88,7 @@ def _load_file(label: str, path: Path) -> ModuleType:
     try:
         with _importable_folder(path.parent):
             module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script ends itself where its main part is not guarded
         del sys.modules[name]
         raise ValueError(f"{label}: importing {path} raised {type(error).__name__}: {error}") from error
     return module
@@ -105,7 +105,7 @@ def _load_module(label: str, name: str) -> ModuleType:
             f"{label}: there is no module {error.name!r} (looked in {Path.cwd()} and among the "
             f"installed packages). The forms are {FORMS}."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{label}: importing {name} raised {type(error).__name__}: {error}") from error
 
 
@@ -117,7 +117,8 @@ def _find_attribute(label: str, module: ModuleType, attribute: str) -> Any:
             near = difflib.get_close_matches(part, there, n=3)
             functions = [name for name in there if inspect.isroutine(getattr(found, name))]
             hint = f"Did you mean {near}?" if near else f"Its functions are {functions}."
-            owner = found.__file__ if isinstance(found, ModuleType) else f"{type(found).__name__} {attribute!r}"
+            place = getattr(found, "__file__", None) or found  # a built-in module has none, a mere folder has None
+            owner = place if isinstance(found, ModuleType) else f"{type(found).__name__} {attribute!r}"
             raise ValueError(f"{label}: {owner} has no {part!r}. {hint}")
         found = getattr(found, part)
     return found

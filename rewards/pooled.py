@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .calls import ENVIRONMENTS, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, inner_function, read_result
+from .calls import ENVIRONMENTS, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
 from .loading import FILE_MODULE_PREFIX
 from .pool import POLL_SECONDS, PoolLimits, WorkerPool
 from .worker import Answer, FunctionReference, StateView, pack_call
@@ -137,13 +137,20 @@ class PooledScoring:
 
 
 class _ByReference(pickle.Pickler):
-    """Refuses what a worker should not hold a copy of, or could not find."""
+    """Refuses what a worker should not hold a copy of, or could not find; `files` are what it has to load first."""
+
+    def __init__(self, buffer: io.BytesIO):
+        super().__init__(buffer)
+        self.files: dict[str, None] = {}  # in order, each once
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.nn.Module | torch.Tensor):
             raise pickle.PicklingError(f"it holds a {type(obj).__name__}")
-        if getattr(obj, "__module__", None) == "__main__":
+        module = getattr(obj, "__module__", None)
+        if module == "__main__":
             raise pickle.PicklingError("it is defined in the main script: move it to a file of its own")
+        if isinstance(module, str) and module.startswith(FILE_MODULE_PREFIX):
+            self.files[str(sys.modules[module].__file__)] = None
         return NotImplemented
 
 
@@ -151,10 +158,9 @@ def _reference(function: RewardFunction) -> FunctionReference:
     if function.takes_all:
         raise pickle.PicklingError("it asks for it by `in_process`")
     buffer = io.BytesIO()
-    _ByReference(buffer).dump(function.func)
-    module = inner_function(function.func).__module__ or ""
-    file = sys.modules[module].__file__ if module.startswith(FILE_MODULE_PREFIX) else None
-    return FunctionReference(buffer.getvalue(), file)
+    pickler = _ByReference(buffer)
+    pickler.dump(function.func)
+    return FunctionReference(buffer.getvalue(), tuple(pickler.files))
 
 
 def _problem(answer: Answer, sample: int) -> Problem:

@@ -37,6 +37,8 @@ class RewardRunner:
         workers: limits of the worker processes; None runs everything in this process, without limits.
         failure_share: `RewardError` is raised when a function fails on more than this share of a batch, from 0 to 1.
         concurrency: calls of async functions that are under way at once, of all of them together; at least 1.
+        async_timeout: seconds of such a call, after which its samples are scored NaN with a `RewardFailure`; None: no
+            limit.
 
     Raises:
         ValueError, TypeError: no functions, weights that do not fit them, or something that is not a reward function.
@@ -50,6 +52,7 @@ class RewardRunner:
         workers: PoolLimits | None = None,
         failure_share: float = 0.5,
         concurrency: int = 32,
+        async_timeout: float | None = None,
     ):
         if not reward_funcs:
             raise ValueError("no reward functions given: `reward_funcs` needs at least one")
@@ -69,7 +72,7 @@ class RewardRunner:
             raise ValueError(f"failure_share={failure_share!r} must be a share of the samples, from 0 to 1")
         self._rules = FailureRules(on_error == "stop", failure_share)
         self._pooled = PooledFunctions(self._functions, workers) if workers is not None else None
-        self._here = InProcessFunctions(on_error == "stop", concurrency)
+        self._here = InProcessFunctions(on_error == "stop", concurrency, async_timeout)
         self._warned_all_none = False
 
     def check_columns(self, columns: Iterable[str]) -> None:

@@ -36,14 +36,14 @@ class StateView:
 
 @dataclass(frozen=True)
 class FunctionReference:
-    """How a worker gets a function: `pickled`, after loading `file` where its module comes from `load_reward`."""
+    """How a worker gets a function: `pickled`, after loading `files`, the modules in it that `load_reward` made."""
 
     pickled: bytes
-    file: str | None = None
+    files: tuple[str, ...] = ()
 
     def load(self) -> Callable:
-        if self.file is not None:
-            load_reward_file(self.file)
+        for file in self.files:
+            load_reward_file(file)
         return pickle.loads(self.pickled)
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerState
+from trl.data_utils import is_conversational
 
 from ..rewards.calls import ENVIRONMENTS
 from ..rollout.agent import Agent
@@ -94,6 +95,15 @@ class Agents:
             raise ValueError("without a train_dataset nothing says how long the run is: set max_steps")
         return Dataset.from_dict({"prompt": [EMPTY_PROMPT] * args.prompts_per_generation})
 
+    def check_environments(self, dataset: Dataset | IterableDataset | None, name: str) -> None:
+        """Raise ValueError for a row of the dataset called `name` which chooses an environment that there is not."""
+        if not self.toolkit.named or not isinstance(dataset, Dataset):
+            return
+        if ENVIRONMENT not in dataset.column_names:
+            self.toolkit.check(None, name)
+        for index, chosen in enumerate(dataset[ENVIRONMENT]):
+            self.toolkit.check(chosen, f"{name}[{index}]")
+
 
 class ToolPromptTokenizer(PromptTokenizer):
     """A `PromptTokenizer` that counts the descriptions of the tools in; prompts are messages."""
@@ -103,9 +113,10 @@ class ToolPromptTokenizer(PromptTokenizer):
         self.agents, self.needs_prompt = agents, not agents.toolkit.has_environments
 
     def encode(self, prompt: Prompt, where: str) -> list[int]:
-        if isinstance(prompt, str):
+        if not prompt or isinstance(prompt, str) or not is_conversational({"prompt": prompt}):
+            found = "a text" if isinstance(prompt, str) else f"{prompt!r:.100}"
             raise ValueError(
-                f"{where}: the prompt is a text; with tools prompts are lists of messages, such as "
+                f"{where}: the prompt is {found}; with tools prompts are lists of messages, such as "
                 '[{"role": "user", "content": ...}]'
             )
         return self.agents.chat.prompt_ids(prompt, self.agents.toolkit.common_schemas)

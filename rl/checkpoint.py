@@ -19,6 +19,7 @@ INITIAL = "initial_adapter"
 STATE = "trainer_state.json"
 ROLLOUTS = "rollouts"
 BASE_FILE = "base.json"
+CONFIG_FILE = "grpo_config.json"  # beside a saved adapter, also of a run from Python
 RUN_FILE = "run.yaml"  # the configuration of a run of `colora train`
 
 
@@ -96,6 +97,25 @@ def check_base(directory: Path, base: str) -> None:
             f"cannot resume from {directory}: it was trained on a base that is {trained_on}, and this run's is {base}: "
             f"{remedy}"
         )
+
+
+def check_optimizer(directory: Path, optim: str) -> None:
+    """Raise ValueError where a checkpoint has the state of another optimizer than `optim`, this run's."""
+    options = directory / CONFIG_FILE
+    if not (directory / "optimizer.pt").is_file() or not options.is_file():
+        return
+    saved = json.loads(options.read_text()).get("optim", optim)
+    if _optimizer_state(saved) != _optimizer_state(optim):
+        raise ValueError(
+            f"cannot resume from {directory}: it has the optimizer state of {saved}, and this run's optim is {optim}: "
+            f"set optim to {saved}"
+        )
+
+
+def _optimizer_state(optim: str) -> str:
+    """A name for what the state looks like: whether it is paged or its steps are fused makes no difference."""
+    name = optim.removeprefix("paged_").removesuffix("_fused")
+    return "adamw_8bit" if name == "adamw_bnb_8bit" else name
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -90,8 +90,11 @@ def _guarded(command: Callable[[], int], debug: bool, hint: str = "") -> int:
         print(f"interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RewardError, ParityError, FloatingPointError) as error:
+        cause = error.__cause__ if isinstance(error, RewardError) else None
         if debug:
             traceback.print_exc()
+        elif cause is not None and (cause.__traceback__ or hasattr(cause, "__notes__")):
+            traceback.print_exception(cause)  # what the user's function raised, here or (a note) in a worker: where
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
 

@@ -223,7 +223,7 @@ class GRPOConfig(trl.GRPOConfig):
     )
     reward_timeout: float = field(
         default=60.0,
-        metadata={"help": "Seconds that a call of a reward function in a worker may take before it is killed."},
+        metadata={"help": "Seconds that a call of a reward function may take, in a worker or where it is async."},
     )
     reward_memory_gib: float = field(
         default=4.0,

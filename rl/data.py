@@ -187,7 +187,7 @@ class PromptTokenizer:
         encoded: Any  # a BatchEncoding, but typed as all that a template can be rendered to
         if isinstance(prompt, str):
             encoded = self.tokenizer(prompt)
-        elif is_conversational({"prompt": prompt}):
+        elif prompt and is_conversational({"prompt": prompt}):
             if not self.tokenizer.chat_template:
                 raise ValueError(
                     f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; "

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from ..rewards.loading import load_named, load_reward
 from ..weightshare.loading import read_config, shard_files
+from .agents import Agents
 from .checkpoint import resolve_resume
 from .config import GRPOConfig
 from .dataset_files import open_dataset
@@ -60,6 +61,7 @@ def open_inputs(run: RunConfig, config: GRPOConfig) -> Inputs:
     elif config.eval_strategy != "no":
         raise ValueError("eval_strategy is set, but there is no eval_dataset and no eval_dataset_split: name one")
     findings.append(_check_model(run, config.base))
+    _check_tools(run, config, agents)
     lora = run.lora_config()
     findings.append(f"LoRA: r {lora.r}, lora_alpha {lora.lora_alpha}, target_modules {lora.target_modules}")
     return Inputs(rewards, train, evaluation, lora, findings, agents)
@@ -105,6 +107,15 @@ def _check_model(run: RunConfig, base: str) -> str:
     tokenizer = load_tokenizer(run.model)
     stop_token_ids(run.model, tokenizer)
     return f"model: {run.model} ({config.model_type}), vocabulary of {len(tokenizer)} tokens"
+
+
+def _check_tools(run: RunConfig, config: GRPOConfig, agents: dict[str, Any]) -> None:
+    """Raise ValueError for tools that cannot be described, or for a chat template that has no use for them."""
+    if "tools" in agents:
+        tokenizer = load_tokenizer(run.model)
+        stops = stop_token_ids(run.model, tokenizer)
+        # Without the environments: to make one may cost a sandbox.
+        Agents.of(agents["tools"], None, tokenizer, stops, config, agents.get("rollout_func"))
 
 
 def _describe(dataset: Dataset | IterableDataset) -> str:

@@ -64,7 +64,7 @@ def run_lab(
     Raises:
         ValueError: the file, its columns, or the options are not usable; says what to do.
     """
-    check_output(output)
+    check_output(output, data)
     runner = scoring.runner()
     samples = read_samples(data, limit, group_by)
     if tokenizer is not None:

@@ -44,7 +44,7 @@ class Scoring:
     def runner(self) -> RewardRunner:
         """A runner that scores what fails as None. Raises ValueError for weights that do not fit, or bad limits."""
         limits = PoolLimits(1, self.timeout, self.memory_gib) if self.workers else None
-        return RewardRunner(self.functions, self.weights, "none", limits, failure_share=1.0)
+        return RewardRunner(self.functions, self.weights, "none", limits, failure_share=1.0, async_timeout=self.timeout)
 
 
 def score_batches(scoring: Scoring, batches: Sequence[RewardBatch], report: Report) -> list[RewardScores]:
@@ -141,8 +141,8 @@ def progress(total: int) -> Iterator[Report]:
     yield line
 
 
-def check_output(path: Path | None) -> None:
-    """Raise ValueError where `write_table` would not write to `path`: before anything is scored."""
+def check_output(path: Path | None, data: str | None = None) -> None:
+    """Raise ValueError where `write_table` would not write to `path`, or over `data`: before anything is scored."""
     if path is None:
         return
     if path.suffix not in OUTPUT_FORMATS:
@@ -151,6 +151,8 @@ def check_output(path: Path | None) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--output {path}: there is no directory {path.absolute().parent}")
+    if data is not None and path.resolve() == Path(data).expanduser().resolve():
+        raise ValueError(f"--output {path}: it is the file of --data, which would be lost: name another")
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -48,7 +48,7 @@ def replay_rewards(
     Raises:
         ValueError: the run, its dataset or the options are not usable; says what to do.
     """
-    check_output(output)
+    check_output(output, data)
     runner = scoring.runner()
     run = read_past_run(directory, steps, data)
     records = list(chain.from_iterable(run.groups))

@@ -10,11 +10,10 @@ import yaml
 from datasets import Dataset
 
 from ..rollout.records import RolloutRecord, read_records, rollout_path
-from .checkpoint import ROLLOUTS, RUN_FILE, checkpoints
+from .checkpoint import CONFIG_FILE, ROLLOUTS, RUN_FILE, checkpoints
 from .config import GRPOConfig
 from .dataset_files import open_rows
 
-CONFIG_FILE = "grpo_config.json"  # beside a saved adapter, also of a run from Python
 # The options that decide what becomes of rewards.
 SETTINGS = (
     "advantage_estimator", "beta", "kl_in_reward", "max_completion_length", "multi_objective_aggregation",

@@ -86,50 +86,75 @@ class RolloutFuncCollector(Collector):
     def _make(self, tasks: Sequence[Task]) -> None:
         """Call the function, and keep what it returns."""
         output = self.rollout_func([task.messages for task in tasks], self.trainer)
-        missing = [name for name in REQUIRED if name not in output]
+        if not isinstance(output, Mapping):
+            raise ValueError(
+                f"rollout_func returned {output!r:.100}; it has to return a dict with {', '.join(REQUIRED)}"
+            )
+        missing = [name for name in REQUIRED if output.get(name) is None]
         if missing:
             raise ValueError(
                 f"rollout_func returned no {', no '.join(missing)}; it has to return {', '.join(REQUIRED)}"
             )
         for name, values in output.items():
-            if isinstance(values, list) and len(values) != len(tasks):
+            each = isinstance(values, list) or (name in (*REQUIRED, MASK) and values is not None)
+            if each and len(values) != len(tasks):
                 raise ValueError(
                     f"rollout_func returned {len(values)} {name} for {len(tasks)} prompts; it gets each prompt "
                     "num_generations times and returns one of each for every one of them"
                 )
-        masks = output.get(MASK) or [None] * len(tasks)
+        masks = [None] * len(tasks) if output.get(MASK) is None else output[MASK]
         self._names = [name for name in output if name not in (*REQUIRED, MASK)]
         self._made.clear()
         self._late.clear()
         for place, task in enumerate(tasks):
-            prompt_ids, completion_ids, logprobs = (output[name][place] for name in REQUIRED)
-            self._made[task.request_id] = self._trajectory(task, prompt_ids, completion_ids, logprobs, masks[place])
+            try:
+                prompt_ids, completion_ids, logprobs = (_plain(output[name][place]) for name in REQUIRED)
+                mask = [1] * len(completion_ids) if masks[place] is None else _plain(masks[place])
+                self._made[task.request_id] = self._trajectory(task, prompt_ids, completion_ids, logprobs, mask)
+            except (TypeError, IndexError) as error:
+                raise ValueError(
+                    f"{task.where}: {', '.join((*REQUIRED, MASK))} of rollout_func are lists with a list of numbers "
+                    f"for each completion: {error}"
+                ) from error
             values = {name: output[name] for name in self._names}
             self._late[task.request_id] = {n: v[place] if isinstance(v, list) else v for n, v in values.items()}
 
     def _trajectory(
         self,
         task: Task,
-        prompt_ids: Sequence[int],
-        completion_ids: Sequence[int],
-        logprobs: Sequence[Any],
-        mask: Sequence[int] | None,
+        prompt_ids: list[int],
+        completion_ids: list[int],
+        logprobs: list[Any],
+        mask: list[Any],
     ) -> Trajectory:
-        mask = [1] * len(completion_ids) if mask is None else mask
         lengths = {"completion_ids": len(completion_ids), "logprobs": len(logprobs), MASK: len(mask)}
         if len(set(lengths.values())) > 1 or not completion_ids or not prompt_ids:
             raise ValueError(
                 f"{task.where}: rollout_func returned {len(prompt_ids)} prompt_ids and {lengths}: there has to be a "
                 "prompt, and a completion with a log-prob for each of its tokens (0.0 for those not sampled)"
             )
+        tokens, most = len(prompt_ids) + len(completion_ids), self.engine.max_context
+        if tokens > most:
+            raise ValueError(
+                f"{task.where}: rollout_func returned {tokens} tokens, with the prompt, at most {most} fit; let it "
+                "make shorter ones, or raise max_context"
+            )
+        vocabulary = self.trainer.policy.config.vocab_size
+        unknown = [token for token in (*prompt_ids, *completion_ids) if not 0 <= token < vocabulary]
+        if unknown:
+            raise ValueError(
+                f"{task.where}: rollout_func returned the token {unknown[0]!r}, the model has 0 to {vocabulary - 1}"
+            )
         segments = []
         for sampled, group in groupby(range(len(completion_ids)), key=lambda index: bool(mask[index])):
             places = list(group)
             ids = [int(completion_ids[index]) for index in places]
-            values = [_first(logprobs[index]) for index in places]
-            segments.append(Segment(ids, "model", values) if sampled else Segment(ids, "environment"))
+            if sampled:
+                segments.append(Segment(ids, "model", [_first(logprobs[index]) for index in places]))
+            else:
+                segments.append(Segment(ids, "environment"))
         ended: FinishReason = "stop" if completion_ids[-1] in self.stop_token_ids else "length"
-        return Trajectory(task.request_id, list(prompt_ids), segments, ended, task.seed)
+        return Trajectory(task.request_id, prompt_ids, segments, ended, task.seed)
 
     def _columns(self, rows: list[Row]) -> dict[str, list[Any]]:
         return super()._columns(rows) | {name: [None] * len(rows) for name in self._names}
@@ -137,6 +162,11 @@ class RolloutFuncCollector(Collector):
     def late_columns(self, trajectory: Trajectory) -> dict[str, Any]:
         """What the function returned besides the tokens."""
         return self._late[trajectory.request_id]
+
+
+def _plain(values: Any) -> list[Any]:
+    """A list, also of a tensor or an array."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _first(logprob: Any) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -110,6 +111,9 @@ class GRPOTrainer(Trainer):
             rewards.check_columns([*train_dataset.column_names, *(agents.columns if agents is not None else [])])
         for name, dataset in _named_datasets(eval_dataset):
             check_dataset(dataset, name, tokenize, 1)
+        if agents is not None:
+            for name, dataset in [("train_dataset", train_dataset), *_named_datasets(eval_dataset)]:
+                agents.check_environments(dataset, name)
         assert train_dataset is not None  # check_dataset has seen to it
         spare = SparePrompts(train_dataset, args.seed) if args.dynamic_sampling else None
         reward_weights(dict(zip(rewards.names, rewards.weights, strict=True)), args)  # names that clash, before loading
@@ -256,7 +260,8 @@ class GRPOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        optimizer.register_step_post_hook(lambda *_: self._publish())
+        if not isinstance(optimizer, AcceleratedOptimizer):  # that of an earlier `train` has the hook inside
+            optimizer.register_step_post_hook(lambda *_: self._publish())
         return optimizer
 
     def _publish(self) -> None:
@@ -323,6 +328,10 @@ class GRPOTrainer(Trainer):
         args = self.args
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         start = checkpoint.resolve_resume(self.output_dir, resume)
+        if start is not None:  # what this run cannot go on from is refused before anything in the directory changes
+            checkpoint.check_base(start, self.policy.weights.base)
+            checkpoint.check_optimizer(start, args.to_dict()["optim"])
+            self._load_adapter(str(start))
         if args.save_strategy != "no":
             trainable = sum(parameter.numel() for parameter in self.policy.parameters())
             checkpoint.check_disk(self.output_dir, trainable, args.save_total_limit)
@@ -365,7 +374,7 @@ class GRPOTrainer(Trainer):
         self.adapter.save(directory, self.base_model)
         self.collector.tokenizer.save_pretrained(str(directory))
         checkpoint.write_base(directory, self.base_model, self.policy.weights.base)
-        (directory / "grpo_config.json").write_text(self.args.to_json_string())
+        (directory / checkpoint.CONFIG_FILE).write_text(self.args.to_json_string())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, then the seal, and only then the deletion of older ones."""
@@ -423,6 +432,7 @@ def _reward_runner(given: Sequence[Callable[..., Any]], args: GRPOConfig, agents
         workers,
         args.reward_failure_share,
         args.reward_concurrency,
+        args.reward_timeout,
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .chat_format import Chat, Message, ToolRequest, Turn
 from .conversation import AgentLimits, AgentStatistics, Conversation, Ended, Task
 from .engine import RolloutEngine, RolloutRequest
@@ -116,10 +118,16 @@ class Agent:
             raise
 
     def _give_up(self) -> None:
-        """Let the engine end what it has: with unfinished requests it can neither sleep nor be given an adapter."""
+        """Let the engine end what it has: with unfinished requests it can neither sleep nor be given an adapter.
+
+        Calls that still run are for conversations that nobody waits for any more.
+        """
+        self._caller.close()
+        self._caller = ToolCaller(self.limits.max_threads)
         self._requests.clear()
         self._back.clear()
         self._speaking.clear()
+        self._ended.clear()
         while self.engine.unfinished:
             self.engine.step()
 
@@ -178,10 +186,17 @@ class Agent:
     def _open(self, live: _Live, observation: Any = None) -> None:
         """Encode the prompt and ask for the first turn."""
         ids = None if live.task.prompt_ids is None else list(live.task.prompt_ids)
-        if observation is not None:
-            live.result.prompt, ids = with_observation(live.result.prompt, observation), None
-        if ids is None:
-            ids = self.chat.prompt_ids(live.result.prompt, live.box.schemas)
+        try:
+            if observation is not None:
+                live.result.prompt, ids = with_observation(live.result.prompt, observation), None
+            if ids is None:
+                ids = self.chat.prompt_ids(live.result.prompt, live.box.schemas)
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
+            added = "" if observation is None else f", to which an environment's reset has added {observation!r:.200}"
+            raise ValueError(
+                f"{live.task.where}: the chat template cannot write the prompt{added}: {error}; texts are what every "
+                "template takes, lists of blocks only some"
+            ) from error
         if len(ids) > self._max_prompt:
             raise ValueError(
                 f"{live.task.where}: the prompt has {len(ids)} tokens with its tools, at most {self._max_prompt} fit; "
@@ -242,6 +257,7 @@ class Agent:
                 live.replies[place] = _error(request, f"there is no tool {name!r}; {known}")
                 continue
             call = Call(_Asked(live, request, place), function, request.arguments, self._seconds_left(live))
+            call.convert = _text
             if name in box.methods and last is not None:
                 last.then = call
             else:
@@ -349,15 +365,24 @@ def with_observation(messages: Sequence[Message], observation: Any) -> list[Mess
     return [*messages[:-1], {**messages[-1], "content": content + observation}]
 
 
-def _answer(request: ToolRequest, result: Any) -> Message:
-    return {"role": "tool", "name": request.name, "tool_call_id": request.id, "content": str(result)}
+def _text(value: Any) -> str:
+    """What the model is told. Lone surrogates (of file names, say), which no tokenizer takes, become question marks."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _answer(request: ToolRequest, text: str) -> Message:
+    return {"role": "tool", "name": request.name, "tool_call_id": request.id, "content": text}
 
 
 def _error(request: ToolRequest, reason: str) -> Message:
-    return _answer(request, {"error": reason})
+    return _answer(request, _text({"error": reason}))
 
 
 def _reason(call: Call) -> str:
     if call.timed_out:
         return f"it did not answer within {call.timeout:g} s"
-    return str(call.error) or type(call.error).__name__
+    try:
+        text = str(call.error)
+    except Exception:  # an exception's text is a tool's code too
+        text = ""
+    return text or type(call.error).__name__

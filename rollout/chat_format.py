@@ -5,6 +5,8 @@ the prompt and, as a suffix, each reply with the start of the next turn. Where t
 differently (Qwen3 leaves out the thinking of past turns), the tokens that were sampled stay.
 """
 
+import copy
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from .call_syntax import CallSyntax, known_syntaxes, prompted_syntax, tool_instr
 
 Message = dict[str, Any]
 Schema = dict[str, Any]
-SENTINEL = "zq7sentinel7qz"  # a text that no template writes
+SENTINEL, RESULT = "zq7sentinel7qz", "result7q"  # texts that no template writes
 ARGUMENT = "text"
 CALL_ID = "abcdefghi"  # nine letters or digits, as Mistral's templates demand
 PROBE_TOOL: Schema = {
@@ -108,7 +110,7 @@ class ChatFormat:
         question = [{"role": "user", "content": "?"}]
         self._opening = self._render(question, start=True)[len(self._render(question)) :]
         self.syntax = self._find_syntax() if self.native else prompted_syntax(self._opening, self._ends)
-        reply = [{"role": "tool", "name": "probe", "tool_call_id": CALL_ID, "content": "seen"}]
+        reply = [_probe_reply("probe")]
         if self._split(reply)[1] != self._split(reply, [PROBE_TOOL])[1]:
             raise ValueError(
                 "the chat template writes a tool's result differently where tools are listed, so that it cannot be "
@@ -149,16 +151,21 @@ class ChatFormat:
             requests = [_request(call, number, index) for index, call in enumerate(_calls(message))]
             if not requests and self.syntax.meant and re.search(self.syntax.meant, message["content"]):
                 raise ValueError("it is not in the right form")
-        except (ValueError, TypeError, KeyError) as error:
+            if requests:
+                self._split([_probe_reply(request.name, request.id) for request in requests])  # may it be answered?
+            # Copies: a tool may change what it is given, and what the model has said is recorded.
+            said = [
+                {"type": "function", "function": {"name": request.name, "arguments": copy.deepcopy(request.arguments)}}
+                for request in requests
+            ]
+        except (ValueError, TypeError, KeyError, TemplateError, RecursionError) as error:
+            # TemplateError: an id that the template refuses; RecursionError: brackets within brackets within ...
             plain = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             hint = f"; write {self.syntax.example}" if self.syntax.example else ""
             return Turn({"role": "assistant", "content": plain}, [], f"the tool call cannot be read: {reason}{hint}")
         if requests:
-            message["tool_calls"] = [
-                {"type": "function", "function": {"name": request.name, "arguments": request.arguments}}
-                for request in requests
-            ]
+            message["tool_calls"] = said
         else:
             message.pop("tool_calls", None)
         return Turn(message, requests)
@@ -181,12 +188,11 @@ class ChatFormat:
 
     def _renders_tools(self) -> bool:
         """Whether calls and results appear where calls have an id, without which some templates refuse them."""
-        reply = {"role": "tool", "name": "probe", "tool_call_id": CALL_ID, "content": "result7q"}
         try:
-            text = self._render([*_probe_call("probe"), reply])
+            text = self._render([*_probe_call("probe"), _probe_reply("probe")])
         except (TemplateError, TypeError, KeyError):
             return False
-        return all(part in text for part in ("probe", SENTINEL, "result7q"))
+        return all(part in text for part in ("probe", SENTINEL, RESULT))
 
     def _split(self, messages: Sequence[Message], schemas: Sequence[Schema] = ()) -> tuple[str, str]:
         """A small conversation up to the end of the assistant's turn, and `messages` as they go on from there."""
@@ -241,6 +247,10 @@ def _probe_call(name: str) -> list[Message]:
     return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
+def _probe_reply(name: str, call_id: str = CALL_ID) -> Message:
+    return {"role": "tool", "name": name, "tool_call_id": call_id, "content": RESULT}
+
+
 def _calls(message: Message) -> list[Any]:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
@@ -258,6 +268,7 @@ def _request(call: Any, turn: int, index: int) -> ToolRequest:
     arguments = function.get("arguments", function.get("parameters"))
     if not isinstance(arguments, dict | None):
         raise ValueError("the arguments are not an object")
+    json.dumps([function["name"], arguments], ensure_ascii=False).encode()  # raises where "\\ud800" stands alone
     given = call.get("id")
     return ToolRequest(
         function["name"],

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -29,7 +30,8 @@ class Call:
         arguments: by name.
         timeout: seconds that it may run, or None.
         then: the call that starts when this one has ended: what one environment is asked keeps its order.
-        result: what it returned.
+        convert: applied to what it returns, beside the engine too; what this raises counts as raised by the function.
+        result: what it returned, converted.
         error: what it raised.
         timed_out: it was cut off.
         seconds: that it ran.
@@ -40,6 +42,7 @@ class Call:
     arguments: Mapping[str, Any]
     timeout: float | None = None
     then: "Call | None" = None
+    convert: Callable[[Any], Any] | None = None
     result: Any = None
     error: BaseException | None = None
     timed_out: bool = False
@@ -176,7 +179,7 @@ class ToolCaller:
     def _run(self, call: Call) -> None:
         result, error = None, None
         try:
-            result = call.function(**call.arguments)
+            result = _converted(call, call.function(**call.arguments))
         except BaseException as raised:  # SystemExit included: whatever a tool raises is for whoever asked
             error = raised
         self._returned.put((call, result, error))
@@ -190,6 +193,7 @@ class ToolCaller:
         if blocked or not self._loops:
             self._cancelled_at.clear()
             self._loops.append(asyncio.new_event_loop())
+            self._loops[-1].set_default_executor(_DaemonThreads())
             threading.Thread(target=_serve, args=(self._loops[-1],), name="colora-tool-loop", daemon=True).start()
         return self._loops[-1]
 
@@ -203,10 +207,34 @@ class ToolCaller:
     async def _await(self, call: Call) -> None:
         result, error = None, None
         try:
-            result = await call.function(**call.arguments)
+            result = _converted(call, await call.function(**call.arguments))
         except BaseException as raised:  # CancelledError too, where the tool raises it itself
             error = raised
         self._returned.put((call, result, error))
+
+
+class _DaemonThreads(ThreadPoolExecutor):
+    """Where a loop runs what coroutines hand to `asyncio.to_thread`: a thread each.
+
+    Those of its base class are few, so that some that hang would stop all others, and the process waits for them.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*args, **kwargs))
+                except BaseException as raised:  # for whoever awaits it
+                    future.set_exception(raised)
+
+        threading.Thread(target=run, name="colora-tool", daemon=True).start()
+        return future
+
+
+def _converted(call: Call, result: Any) -> Any:
+    return result if call.convert is None else call.convert(result)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

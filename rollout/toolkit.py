@@ -3,6 +3,7 @@
 The contract is TRL's (`tools` and `environment_factory` of its GRPOTrainer).
 """
 
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,8 @@ class Toolkit:
         tools: Sequence[Tool] = (),
         environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
     ):
+        if not isinstance(tools, Sequence) or isinstance(tools, str):
+            raise ValueError(f"tools is a list of functions, not {tools!r}")
         self._functions = _by_name(tools)
         schemas = [_schema(tool, name) for name, tool in self._functions.items()]
         self._factories: dict[Any, EnvironmentFactory] = {}
@@ -74,6 +77,8 @@ class Toolkit:
         self._schemas: dict[Any, list[dict[str, Any]]] = {None: schemas}
         self.schemas, self.reward_types = list(schemas), list[type]()
         for name, factory in self._factories.items():
+            if not callable(factory):
+                raise ValueError(f"environment_factory: {factory!r} cannot be called; give the class, not an instance")
             instance = factory()
             self._free[name].append(instance)
             own = [_schema(method, method_name) for method_name, method in self._methods(instance).items()]
@@ -91,6 +96,12 @@ class Toolkit:
     def has_environments(self) -> bool:
         return bool(self._factories)
 
+    def check(self, name: Any, where: str) -> None:
+        """Raise ValueError, naming the place `where`, if no environment is called `name`."""
+        if name not in self._factories:
+            known, column = ", ".join(map(str, self._factories)), f"; the column `{ENVIRONMENT}` chooses one of them"
+            raise ValueError(f"{where}: there is no environment {name!r} in environment_factory, only {known}{column}")
+
     def take(self, row: Mapping[str, Any], where: str, new: bool = False) -> Toolbox:
         """What the conversation of a dataset row may use; its environment is used by no other until it is given back.
 
@@ -105,9 +116,7 @@ class Toolkit:
         if not self._factories:
             return Toolbox(self._schemas[None], self._functions)
         name = row.get(ENVIRONMENT) if self.named else None
-        if name not in self._factories:
-            known = ", ".join(map(str, self._factories))
-            raise ValueError(f"{where}: there is no environment {name!r} in environment_factory, only {known}")
+        self.check(name, where)
         instance = self._factories[name]() if new or not self._free[name] else self._free[name].pop()
         return Toolbox(self._schemas[name], self._functions, self._methods(instance), instance, name)
 
@@ -117,8 +126,11 @@ class Toolkit:
             self._free[box.kind].append(box.environment)
 
     def reset_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What `reset` gets of a row: all of it, but for the column that chose the environment."""
-        return {key: value for key, value in row.items() if not (self.named and key == ENVIRONMENT)}
+        """What `reset` gets of a row: all of it, but for the column that chose the environment.
+
+        A copy: it may be changed, and the row is also that of the group's other conversations.
+        """
+        return {key: copy.deepcopy(value) for key, value in row.items() if not (self.named and key == ENVIRONMENT)}
 
     def _methods(self, environment: Any) -> dict[str, Tool]:
         """The tools of an environment; listed on the class, since on the instance properties would be evaluated."""
@@ -148,8 +160,9 @@ def _by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 def _schema(tool: Tool, name: str) -> dict[str, Any]:
     try:
         return get_json_schema(tool)
-    except (DocstringParsingException, TypeHintParsingException) as error:
+    except (DocstringParsingException, TypeHintParsingException, NameError) as error:
         raise ValueError(
-            f"tool {name!r}: {error} A tool needs type hints, and a docstring in Google's style that says what it does "
-            "and, under `Args:`, what each argument is; a method that is no tool begins with an underscore"
+            f"tool {name!r}: {str(error).rstrip('.!')}. A tool needs type hints, and a docstring in Google's style "
+            "that says what it does and, under `Args:`, what each argument is; a method that is no tool begins with an "
+            "underscore"
         ) from error

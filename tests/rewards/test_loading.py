@@ -112,6 +112,10 @@ def test_errors_inside_the_file(tmp_path):
     for spec in ("raising.py:reward", "raising:reward"):
         with pytest.raises(ValueError, match="raised ModuleNotFoundError: No module named 'not_there_at_all'"):
             load_reward(spec)
+    write(tmp_path / "script.py", "import sys\n\nsys.exit('usage: script.py FILE')\n")
+    for spec in ("script.py:reward", "script:reward"):
+        with pytest.raises(ValueError, match="importing .*script.* raised SystemExit: usage: script.py FILE"):
+            load_reward(spec)
     write(tmp_path / "raising.py", REWARD.format(value=1))
     assert load_reward("raising.py:reward")(completions=[0]) == [1]  # nothing half-imported is left behind
 
@@ -122,6 +126,10 @@ def test_wrong_attribute(tmp_path):
         load_reward("reward.py:rewards")
     with pytest.raises(ValueError, match=r"has no 'xyz'. Its functions are \['reward'\]"):
         load_reward("reward.py:xyz")
+    (tmp_path / "folder_of_rewards").mkdir()
+    for spec in ("sys:xyz", "folder_of_rewards:xyz"):  # modules without a file
+        with pytest.raises(ValueError, match=f"<module '{spec.partition(':')[0]}' .*> has no 'xyz'"):
+            load_reward(spec)
     with pytest.raises(ValueError, match="is a int, which cannot be called"):
         load_reward("reward.py:limit")
     with pytest.raises(ValueError, match="is a class"):

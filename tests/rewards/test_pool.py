@@ -180,6 +180,27 @@ def test_groups_stay_whole_and_partials_load(make, verifiers):
     assert score(make(verifiers("scaled")), ["abc"]).values.item() == 3
 
 
+def test_an_object_of_another_file_holds_functions_of_the_rewards_file(make, tmp_path):
+    (tmp_path / "sums_of_rewards.py").write_text(
+        "class Sum:\n    def __init__(self, *terms):\n        self.terms = terms\n"
+        "    def __call__(self, completions):\n        return [sum(term(c) for term in self.terms)"
+        " for c in completions]"
+    )
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import sums_of_rewards as s\n\ndef half(text):\n    return len(text) / 2\n\nboth = s.Sum(half, half)"
+    )
+    runner = make(load_reward(f"{file}:both"))
+    assert "Sum" in runner._pooled and score(runner, ["abc"]).values.item() == 3
+
+
+def test_a_function_that_ends_its_worker_is_shown(make, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import sys\n\ndef leaves(completions):\n    sys.exit('no verifier is installed')")
+    with pytest.raises(RewardError, match=r"(?s)exit status 1.*in leaves.*SystemExit: no verifier is installed"):
+        score(make(load_reward(f"{file}:leaves")), ["a"])
+
+
 def test_exceptions(make, verifiers):
     completions = ["a", "raise", "abc", "a", "a", "a"]
     with pytest.raises(RewardError, match="sample 1: it raised FileNotFoundError") as caught:

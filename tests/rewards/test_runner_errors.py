@@ -253,3 +253,26 @@ def test_interrupt_from_the_keyboard_cancels_async_functions():
     with pytest.raises(KeyboardInterrupt):
         run(reward)
     assert cancelled.is_set()  # by the time the runner is closed, not some time later
+
+
+def test_an_async_call_that_hangs_costs_its_samples_and_not_the_run():
+    async def reward(prompts, completions):
+        if "question 1" in prompts:
+            await asyncio.sleep(60)
+        return [float(len(text)) for text in completions]
+
+    runner = RewardRunner([reward], on_error="stop", failure_share=0.5, async_timeout=0.3)
+    prompts = [f"question {index // 4}" for index in range(12)]
+    scores = runner.score(prompts, ["ab"] * 12, [[1]] * 12, {})
+    runner.close()
+    assert scores.values[:, 0].isnan().tolist() == [prompt == "question 1" for prompt in prompts]
+    assert {failure.kind for failure in scores.failures} == {"timeout"}
+    assert scores.failures[0].reason == "it did not return within 0.3 s"
+
+
+def test_a_time_out_of_the_functions_own_is_an_error():
+    async def reward(completions):
+        raise TimeoutError("the service took too long")
+
+    with pytest.raises(RewardError, match="raised TimeoutError: the service took too long"):
+        run(reward)

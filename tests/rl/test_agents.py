@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from colora import GRPOConfig, GRPOTrainer
 from colora.rl.cli import main as colora
 from colora.rl.findings import Finding
@@ -317,6 +318,18 @@ def test_rollout_func(model: str, tmp_path: Path) -> None:
         (lambda output: output.pop("logprobs"), "rollout_func returned no logprobs; it has to return prompt_ids"),
         (lambda output: output["luck"].pop(), "rollout_func returned 7 luck for 8 prompts"),
         (lambda output: output["logprobs"][1].pop(), r"dataset row \d: rollout_func returned .*'logprobs'"),
+        (lambda output: output.update(logprobs=None), "rollout_func returned no logprobs; it has to return prompt_ids"),
+        (lambda output: output.update(env_mask=([1],)), "rollout_func returned 1 env_mask for 8 prompts"),
+        (
+            lambda output: output.update(completion_ids=[1] * 8),
+            r"dataset row \d: prompt_ids.* list of numbers for each",
+        ),
+        (lambda output: output["logprobs"].__setitem__(0, None), r"dataset row \d: prompt_ids.* list of numbers for"),
+        (lambda output: output["prompt_ids"][1].append(20), r"row \d: .* token 20, the model has 0 to 19"),
+        (
+            lambda output: output["prompt_ids"][1].extend([1] * 1024),
+            r"row \d: .* tokens, with the prompt, at most 1024",
+        ),
     ],
 )
 def test_what_a_rollout_func_must_return(
@@ -329,6 +342,25 @@ def test_what_a_rollout_func_must_return(
 
     with pytest.raises(ValueError, match=message):
         make(model, tmp_path, lucky, rollout_func=wrong).train()
+
+
+def test_a_rollout_func_may_return_tensors_and_leaves_out_what_does_not_count(model: str, tmp_path: Path) -> None:
+    def tensors(prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+        output = plain_rollouts(prompts, trainer)
+        for name in ("prompt_ids", "completion_ids"):
+            output[name] = [torch.tensor(ids) for ids in output[name]]
+        output["logprobs"] = [[*values[:-2], None, None] for values in output["logprobs"]]
+        return output | {"env_mask": tuple(map(torch.tensor, output["env_mask"]))}
+
+    made = {}
+    for name, function in (("lists", plain_rollouts), ("tensors", tensors)):
+        trainer = make(model, tmp_path / name, lucky, rollout_func=function, max_steps=1)
+        trainer.train()
+        made[name] = records_of(trainer)
+    assert made["lists"] == made["tensors"]
+
+    with pytest.raises(ValueError, match="rollout_func returned None; it has to return a dict with prompt_ids"):
+        make(model, tmp_path / "none", lucky, rollout_func=lambda prompts, trainer: None).train()
 
 
 def test_refusals(model: str, tmp_path: Path, counter: type[Counter]) -> None:
@@ -347,6 +379,12 @@ def test_refusals(model: str, tmp_path: Path, counter: type[Counter]) -> None:
     refused("tool_timeout=0.0 must be a number above 0", tools=[add], tool_timeout=0.0)
     refused("max_tool_calling_iterations=-1 must be", tools=[add], max_tool_calling_iterations=-1)
     refused(r"the prompt has \d+ tokens, at most \d+ fit", tools=[add], max_prompt_length=3)
+    empty = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}], []]})
+    refused(r"train_dataset\[1\]: the prompt is \[\]; with tools prompts are lists", used_tools, empty, tools=[add])
+    named = {"environment_factory": {"count": counter}}
+    refused("train_dataset: there is no environment None in .*the column `environment` chooses", None, rows(), **named)
+    wrong = rows(environment=["count"] * 5 + ["chess"])
+    refused(r"train_dataset\[5\]: there is no environment 'chess' in .*, only count", None, wrong, **named)
 
 
 AGENT_FILE = '''
@@ -392,3 +430,8 @@ def test_the_command_line(model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "no differences" in printed and "generation      as recorded" in printed
     assert colora(["train", f"--model={model}", *options, f"--tools={tmp_path}/agent.py:luck", "--dry-run"]) == 2
     assert "luck" in capsys.readouterr().err
+    (tmp_path / "plain.py").write_text("def tool(a: int):\n    return a\n")
+    monkeypatch.chdir(tmp_path)
+    options += ["--tools=plain.py:tool", "--output_dir=other", "--dry-run"]
+    assert colora(["train", f"--model={model}", *options]) == 2
+    assert "tool 'tool': Cannot generate JSON schema for tool because it has no docstring" in capsys.readouterr().err

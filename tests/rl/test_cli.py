@@ -327,3 +327,14 @@ def test_train_trains_and_saves_the_adapter(run, tmp_path, capsys):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert main(["train", str(path)]) == 2
     assert "finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_function_that_raises_is_shown_with_its_line(run, tmp_path, capsys, workers):
+    (tmp_path / "reward.py").write_text(
+        "def length(completions, **columns):\n    return [1 / 0 for _ in completions]\n"
+    )
+    assert main(["train", str(run(max_steps=1, reward_workers=workers))]) == 2
+    shown, _, message = capsys.readouterr().err.rpartition("error: ")
+    assert 'reward.py", line 2, in length' in shown
+    assert message.startswith("Reward function 'length' failed at step 1, sample 0: it raised ZeroDivisionError")

@@ -138,9 +138,19 @@ def test_resumed_equals_never_stopped(optim: str, dense: Path, tmp_path: Path) -
 
 def test_going_on_with_another_base_is_refused(dense: Path, tmp_path: Path) -> None:
     make(dense, tmp_path, base="nf4", max_steps=1).train()
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
     message = r"checkpoint-1: it was trained on a base that is nf4, and this run's is dense: set base to nf4"
     with pytest.raises(ValueError, match=message):
         make(dense, tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert files == {path for path in tmp_path.rglob("*") if path.is_file()}, "a refused run changed the old one"
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw_torch", "adamw_8bit"), ("adamw_8bit", "adamw_torch_fused")])
+def test_going_on_with_another_optimizer_is_refused(dense: Path, tmp_path: Path, first: str, then: str) -> None:
+    make(dense, tmp_path, max_steps=1, optim=first).train()
+    message = rf"checkpoint-1: it has the optimizer state of {first}, and this run's optim is {then}: set optim to"
+    with pytest.raises(ValueError, match=message):
+        make(dense, tmp_path, max_steps=2, optim=then).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_policy_in_memory_keeps_its_base(dense: Path, tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_async_functions_run_too(capsys) -> None:
         (sums(), ["--group-by", "task"], "--group-by task: data.jsonl has no such column, only prompt, comp"),
         (sums(), ["--output", "out.csv"], "--output out.csv: files of type .csv are not written"),
         (sums(), ["--output", "no/out.jsonl"], "there is no directory"),
+        (sums(), ["--output", "./data.jsonl"], "--output data.jsonl: it is the file of --data, which would be lost"),
         (sums(), ["--weights", "1", "2"], "2 reward weights for 1 reward functions"),
         (sums(), ["--timeout", "0"], "positive limits"),
         ([{"prompt": "a", "completion": "b"}], [], "'close' requires ['answer'], which the dataset does not have"),

@@ -268,6 +268,24 @@ def test_a_failing_reward_stops_the_run_with_the_last_checkpoint_whole(model: st
     assert [r.step for r in read_records(tmp_path / "run" / "rollouts")] == [s for s in (1, 2, 3, 4) for _ in range(8)]
 
 
+def test_after_a_failure_the_same_trainer_trains_again(model: str, tmp_path: Path) -> None:
+    failures = [True]
+
+    def fails_once(completions, **_: object) -> list[float]:
+        if failures:
+            failures.pop()
+            raise ValueError("the service was down")
+        return [float(len(text)) for text in completions]
+
+    trainer = make(model, tmp_path, fails_once, max_steps=2)
+    with pytest.raises(RewardError):
+        trainer.train()
+    before = [master.clone() for master in trainer.adapter.masters_b]
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.adapter.is_published()
+    assert not any(torch.equal(*pair) for pair in zip(before, trainer.adapter.masters_b, strict=True))
+
+
 def test_a_failing_reward_can_be_gone_on_without(model: str, tmp_path: Path) -> None:
     def fails_on_one(completions, **_: object) -> list[float]:
         return ["bad" if index == 3 else 1.0 * index for index in range(len(completions))]  # type: ignore[misc]

@@ -485,29 +485,3 @@ def test_a_prompt_that_does_not_fit_is_named() -> None:
 def test_bad_limits(limits: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_agent(lambda name, turn: "End.", [echo], **limits)
-
-
-def test_tools_that_cannot_be_described_are_refused() -> None:
-    def untyped(a) -> int:  # type: ignore[no-untyped-def]
-        """Do.
-
-        Args:
-            a: Something.
-        """
-        return a
-
-    def undocumented(a: int) -> int:
-        return a
-
-    class NoReset:
-        def look(self) -> str:
-            """Look."""
-            return ""
-
-    for tool, message in ((untyped, "tool 'untyped'.*type hint"), (undocumented, "tool 'undocumented'.*docstring")):
-        with pytest.raises(ValueError, match=message):
-            Toolkit([tool])
-    with pytest.raises(ValueError, match="there are two of the name 'echo'"):
-        Toolkit([echo, echo])
-    with pytest.raises(ValueError, match="NoReset has no method `reset`"):
-        Toolkit((), NoReset)
