@@ -1,7 +1,7 @@
 """Reward workers against a hostile verifier: 1,000 samples of which 1 % each hang, crash, allocate without end, print.
 
 `python benchmarks/reward_pool.py`. It times the same samples without the bad ones, then steps with them. The bar is
-1.2 x (the clean time + what the limits take). A sample that hangs is called twice and holds a worker for as long as the
+1.2 x (the clean time + what the limits take), or, read strictly, 1.2 x the clean time + what they take. A sample that hangs is called twice and holds a worker for as long as the
 time limit says; one that allocates holds it until the memory limit is reached, which takes as long as the machine's
 page faults do (measured alone, in this process). Places are shared by the workers.
 
@@ -125,7 +125,7 @@ def main() -> None:
     allowed = clean_seconds + time_limit + memory_limit
     report.add("hostile step / (clean step + limits)", hostile_seconds / allowed, "x", "lower", bar=1.2)
     strict = (hostile_seconds - time_limit - memory_limit) / clean_seconds
-    report.add("(hostile step - limits) / clean step", strict, "x", "lower")
+    report.add("(hostile step - limits) / clean step", strict, "x", "lower", bar=1.2)
     for kind, count in sorted(kinds.items()):
         report.add(f"samples scored None: {kind}", count, "samples", "equal", bar=each)
     report.add("memory from the first to the last step", resident[-1] - resident[0], "MiB", "lower", bar=16)
