@@ -1,9 +1,10 @@
 """Reward workers against a hostile verifier: 1,000 samples of which 1 % each hang, crash, allocate without end, print.
 
 `python benchmarks/reward_pool.py`. It times the same samples without the bad ones, then steps with them. The bar is
-1.2 x (the clean time + what the limits take), or, read strictly, 1.2 x the clean time + what they take. A sample that hangs is called twice and holds a worker for as long as the
-time limit says; one that allocates holds it until the memory limit is reached, which takes as long as the machine's
-page faults do (measured alone, in this process). Places are shared by the workers.
+1.2 x (the clean time + what the limits take), or, read strictly, 1.2 x the clean time + what they take. A sample that
+hangs is called twice and holds a worker for as long as the time limit says; one that allocates holds it until the
+memory limit is reached, which takes as long as the machine's page faults do (measured alone, in this process). Places
+are shared by the workers.
 
 Then the clean samples are scored while they are generated: groups of 8, lengths exponentially distributed, all decoded
 at once; decoding is imitated by waiting. The figure is how long is waited for rewards when the last token is there.
