@@ -118,22 +118,29 @@ def main() -> None:
     shape = {"samples": args.samples, "workers": args.workers, "timeout_s": args.timeout, "cores": os.cpu_count()}
     shape["memory_gib"] = args.memory_gib
     spread = [round(min(clean_times), 2), round(max(clean_times), 2)]
-    report.add("clean step", clean_seconds, "s", "lower", repeats=3, spread=spread, **shape)
+    report.add("reward_pool.clean_seconds", clean_seconds, "s", "lower", repeats=3, spread=spread, **shape)
     spread = [round(min(seconds), 2), round(max(seconds), 2)]
-    report.add("hostile step", hostile_seconds, "s", "lower", repeats=args.steps, spread=spread, **shape)
-    report.add("waiting for the time limit", time_limit, "s", "lower")
-    report.add("waiting for the memory limit", memory_limit, "s", "lower")
+    report.add("reward_pool.hostile_seconds", hostile_seconds, "s", "lower", repeats=args.steps, spread=spread, **shape)
+    report.add("reward_pool.time_limit_seconds", time_limit, "s", "lower")
+    report.add("reward_pool.memory_limit_seconds", memory_limit, "s", "lower")
     allowed = clean_seconds + time_limit + memory_limit
-    report.add("hostile step / (clean step + limits)", hostile_seconds / allowed, "x", "lower", bar=1.2)
+    report.add("reward_pool.hostile_over_clean_and_limits", hostile_seconds / allowed, "x", "lower", bar=1.2)
     strict = (hostile_seconds - time_limit - memory_limit) / clean_seconds
-    report.add("(hostile step - limits) / clean step", strict, "x", "lower", bar=1.2)
+    report.add("reward_pool.hostile_less_limits_over_clean", strict, "x", "lower", bar=1.2)
     for kind, count in sorted(kinds.items()):
-        report.add(f"samples scored None: {kind}", count, "samples", "equal", bar=each)
-    report.add("memory from the first to the last step", resident[-1] - resident[0], "MiB", "lower", bar=16)
-    report.add("most processes between steps", max(processes), "processes", "lower", bar=args.workers + 1)
-    report.add("processes left", len(descendants()), "processes", "lower", bar=0)
-    report.add("generation that is scored meanwhile", generation, "s", "lower", completions_a_prompt=GROUP)
-    report.add("waited for rewards after it", waited, "s", "lower", bar=clean_seconds, bar_is="scored after generation")
+        report.add(f"reward_pool.unscored.{kind}", count, "samples", "equal", bar=each)
+    report.add("reward_pool.growth_mib", resident[-1] - resident[0], "MiB", "lower", bar=16)
+    report.add("reward_pool.most_processes", max(processes), "processes", "lower", bar=args.workers + 1)
+    report.add("reward_pool.processes_left", len(descendants()), "processes", "lower", bar=0)
+    report.add("reward_pool.overlapped_generation_seconds", generation, "s", "lower", completions_a_prompt=GROUP)
+    report.add(
+        "reward_pool.waited_afterwards_seconds",
+        waited,
+        "s",
+        "lower",
+        bar=clean_seconds,
+        bar_is="scored after generation",
+    )
     print(report.write())
 
 
