@@ -239,7 +239,15 @@ def test_a_function_that_cancels_itself_is_a_failure():
         run(reward)
 
 
-def test_interrupt_from_the_keyboard_cancels_async_functions():
+@pytest.fixture
+def interruptible():
+    """Python raises KeyboardInterrupt at SIGINT; a process that was started in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_from_the_keyboard_cancels_async_functions(interruptible):
     cancelled = threading.Event()
 
     async def reward(completions):
