@@ -22,7 +22,7 @@ from card import ballast
 from common import Report, parser, peak_memory, run_apart
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from step_vs_trl import Clock
 
 STEPS = 3
 COMPLETION = 2048
@@ -59,19 +59,6 @@ def reward(completions: list[str], **_: object) -> list[float]:
     return [crc32(text.encode()) / 2**32 for text in completions]
 
 
-class Peak(TrainerCallback):
-    """The card's memory in use at the most, each step."""
-
-    def __init__(self, peak: list[float]):
-        self.peak, self.steps = peak, []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.peak[0] = 0.0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(round(self.peak[0], 2))
-
-
 def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
     """Three steps; what they took."""
     from colora import GRPOConfig, GRPOTrainer
@@ -88,7 +75,7 @@ def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
     )  # fmt: skip
     lora = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with peak_memory() as peak:
-        clock = Peak(peak)
+        clock = Clock(peak)
         trainer = GRPOTrainer(
             str(checkpoint), reward, config, document(context - COMPLETION), peft_config=lora, callbacks=[clock]
         )
@@ -98,7 +85,7 @@ def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
     return {
         "start_s": round(start_seconds, 1),
         "steps": logs,
-        "peak_gib": [round(most - resident, 2) for most in clock.steps],
+        "peak_gib": [round(step["peak_gib"] - resident, 2) for step in clock.steps],
     }
 
 

@@ -19,6 +19,14 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 STEPS = 4  # the first is left out: it warms up
+ONE_PROCESS = {  # what a peer's launcher would set
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29511",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SHARED = {
     "num_generations": 8,
@@ -56,7 +64,7 @@ class Clock(TrainerCallback):
         self.steps.append({"seconds": time.perf_counter() - self.started, "peak_gib": self.peak[0]})
 
 
-def train_ours(checkpoint: Path, clock: Clock, tokens_per_microbatch: int, base: str = "auto") -> dict:
+def train_ours(checkpoint: Path, clock: Clock, tokens_per_microbatch: int, base: str) -> dict:
     from colora import GRPOConfig, GRPOTrainer
 
     started = time.perf_counter()
@@ -93,15 +101,7 @@ def train_trl(checkpoint: Path, clock: Clock, rows_per_microbatch: int) -> dict:
 
 
 def in_a_process(side: str, arguments: argparse.Namespace) -> dict:
-    one_process = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    }
-    environment = {} if side == "ours" else one_process
+    environment = {} if side == "ours" else ONE_PROCESS
     return run_apart(side, __file__, str(arguments.checkpoint), "--side", side, environment=environment)
 
 
@@ -109,6 +109,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("checkpoint", type=Path)
     options.add_argument("--side", choices=["ours", "trl"], help="run this one here and print its steps")
+    options.add_argument("--base", default="auto", help="of the side `ours`")
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     options.add_argument("--rows-per-microbatch", type=int, default=8)
     arguments = options.parse_args()
@@ -123,7 +124,7 @@ def run_side(arguments: argparse.Namespace) -> None:
     with peak_memory() as peak:
         clock = Clock(peak)
         if arguments.side == "ours":
-            facts = train_ours(arguments.checkpoint, clock, arguments.tokens_per_microbatch)
+            facts = train_ours(arguments.checkpoint, clock, arguments.tokens_per_microbatch, arguments.base)
         else:
             facts = train_trl(arguments.checkpoint, clock, arguments.rows_per_microbatch)
     print(json.dumps(facts | {"steps": clock.steps}))

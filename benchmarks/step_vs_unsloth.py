@@ -7,53 +7,34 @@ it and what it needs beside the installed packages (`pip install --target DIRECT
 process of its own.
 """
 
-import argparse
-import json
 import os
 import subprocess
 from pathlib import Path
 from statistics import median
 
-from common import Report, parser, peak_memory, run_apart
-from step_vs_trl import STEPS, Clock, train_ours
+from common import Report, parser, run_apart
+from step_vs_trl import ONE_PROCESS, STEPS
 
 BAR = 0.55
-ONE_PROCESS = {
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29512",
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_RANK": "0",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-}
-
-
-def run_ours(arguments: argparse.Namespace) -> None:
-    with peak_memory() as peak:
-        clock = Clock(peak)
-        facts = train_ours(arguments.checkpoint, clock, arguments.tokens_per_microbatch, base="nf4")
-    print(json.dumps(facts | {"steps": clock.steps}))
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("checkpoint", type=Path)
     options.add_argument("--peer-path", type=Path, help="where Unsloth is; without it only ours is measured")
-    options.add_argument("--side", choices=["ours"], help="run this one here and print its steps")
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     arguments = options.parse_args()
-    if arguments.side:
-        run_ours(arguments)
-        return
     report = Report("step_vs_unsloth", arguments)
     checkpoint = str(arguments.checkpoint)
-    sides = {"ours": run_apart("ours", __file__, checkpoint, "--side", "ours")}
+    here, budget = Path(__file__), str(arguments.tokens_per_microbatch)
+    ours = ["--side", "ours", "--base", "nf4", "--tokens-per-microbatch", budget]
+    sides = {"ours": run_apart("ours", str(here.with_name("step_vs_trl.py")), checkpoint, *ours)}
     if arguments.peer_path:
         paths = os.pathsep.join([str(arguments.peer_path), os.environ.get("PYTHONPATH", "")])
-        script = str(Path(__file__).with_name("unsloth_side.py"))
+        environment = ONE_PROCESS | {"UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONPATH": paths}
         try:
-            sides["unsloth"] = run_apart("unsloth", script, checkpoint, environment=ONE_PROCESS | {"PYTHONPATH": paths})
+            script = str(here.with_name("unsloth_side.py"))
+            sides["unsloth"] = run_apart("unsloth", script, checkpoint, environment=environment)
         except subprocess.CalledProcessError as error:
             print(f"Unsloth's side failed with exit code {error.returncode}: ours alone is reported")
     add_figures(report, sides)

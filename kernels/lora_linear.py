@@ -5,6 +5,9 @@ torch.compile and is captured in CUDA graphs; it reads the slots at the addresse
 lie in one matrix it is two launches (`lora_up`); otherwise the base product, one with every A, and one with each B.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +33,7 @@ def _lora_linear(
     a_starts: list[int],
     b_starts: list[int],
 ) -> Tensor:
-    rows, rank = x.reshape(-1, x.shape[-1]), b.shape[1]
+    rows = x.reshape(-1, x.shape[-1])
     if stacked is not None and rows.is_cuda:  # where there is a GPU there is Triton
         from .lora_up import fits, lora_up
 
@@ -39,26 +42,24 @@ def _lora_linear(
             y = lora_up(both, bias, b, weight.shape[0], out_starts, out_stops, a_starts, b_starts)
             return y.view(*x.shape[:-1], weight.shape[0])
     y = F.linear(rows, weight, bias)
-    down = rows @ a.T
-    for out_start, out_stop, a_start, b_start in zip(out_starts, out_stops, a_starts, b_starts, strict=True):
-        b_part = b[b_start : b_start + out_stop - out_start]
-        y[:, out_start:out_stop].addmm_(down[:, a_start : a_start + rank], b_part.T)
+    add_update_(y, rows, a, b, zip(out_starts, out_stops, a_starts, b_starts, strict=True))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def add_update_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, parts: Iterable[tuple[int, int, int, int]]) -> None:
+    """y += (x A^T) B^T on the columns of each part, for y (rows, out) and x (rows, in); one launch a part, and one.
+
+    Args:
+        parts: of each its first and last column in `y`, its first row in `a` and in `b`.
+    """
+    down, rank = x @ a.T, b.shape[1]
+    for out_start, out_stop, a_start, b_start in parts:
+        b_part = b[b_start : b_start + out_stop - out_start]
+        y[:, out_start:out_stop].addmm_(down[:, a_start : a_start + rank], b_part.T)
+
+
 @_lora_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    stacked: Tensor | None,
-    out_starts: list[int],
-    out_stops: list[int],
-    a_starts: list[int],
-    b_starts: list[int],
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

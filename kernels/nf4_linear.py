@@ -4,11 +4,13 @@ This is what the rollout engine runs for every quantised projection. As an opera
 torch.compile and is captured in CUDA graphs; it reads codes, scales and slots at the addresses it was captured with.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .frozen import frozen_linear
-from .lora_linear import PartOffsets
+from .lora_linear import PartOffsets, add_update_
 from .nf4 import NF4Tensor
 
 _SCHEMA = (
@@ -34,40 +36,23 @@ def _nf4_linear(
     b_starts: list[int],
 ) -> Tensor:
     rows, weight = x.reshape(-1, x.shape[-1]), NF4Tensor(codes, scale_codes, group_scales, group_start, offset)
+    parts = tuple(zip(out_starts, out_stops, a_starts, b_starts, strict=True))
     if rows.is_cuda:  # where there is a GPU there is Triton
         from .nf4_few_rows import Adapter, fits, launch
         from .nf4_tuning import chosen
 
-        parts = tuple(zip(out_starts, out_stops, a_starts, b_starts, strict=True))
         if fits(rows, parts):
             adapter = None if a is None or b is None else Adapter(a, b, parts)
             y = launch(rows, weight, bias, adapter, chosen(rows.device, weight.shape, rows.shape[0]))
             return y.view(*x.shape[:-1], weight.shape[0])
     y = frozen_linear(rows, weight, bias)
     if a is not None and b is not None:
-        down, rank = rows @ a.T, b.shape[1]
-        for out_start, out_stop, a_start, b_start in zip(out_starts, out_stops, a_starts, b_starts, strict=True):
-            b_part = b[b_start : b_start + out_stop - out_start]
-            y[:, out_start:out_stop].addmm_(down[:, a_start : a_start + rank], b_part.T)
+        add_update_(y, rows, a, b, parts)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
 @_nf4_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale_codes: Tensor,
-    group_scales: Tensor,
-    group_start: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    out_starts: list[int],
-    out_stops: list[int],
-    a_starts: list[int],
-    b_starts: list[int],
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, *_rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 

@@ -94,6 +94,13 @@ class RewardBatch:
         }
 
 
+REMEDIES = {  # of a call that went over a limit, by the kind of its problem
+    "timeout": "Make the function faster, or raise the time limit.",
+    "memory": "Make the function use less, or raise the memory limit.",
+    "died": "See what the function runs that ends its process.",
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What was wrong with a call, for one sample or (`sample` None) for the whole of it.

@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from .calls import CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
+from .calls import REMEDIES, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
 from .event_loop import EventLoopThread, wait_for
-from .pooled import REMEDIES
 
 
 class InProcessFunctions:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .calls import ENVIRONMENTS, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
+from .calls import ENVIRONMENTS, REMEDIES, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
 from .loading import FILE_MODULE_PREFIX
 from .pool import POLL_SECONDS, PoolLimits, WorkerPool
 from .worker import Answer, FunctionReference, StateView, pack_call
@@ -18,11 +18,6 @@ from .worker import Answer, FunctionReference, StateView, pack_call
 logger = logging.getLogger(__name__)
 # What goes first. A sample that is likely to hang again goes before others: what takes longest must not start last.
 FIRST_CALL, AFTER_TIMEOUT, AFTER_FAILURE = range(3)
-REMEDIES = {
-    "timeout": "Make the function faster, or raise the time limit.",
-    "memory": "Make the function use less, or raise the memory limit.",
-    "died": "See what the function runs that ends its process.",
-}
 
 
 class PooledFunctions:
@@ -31,8 +26,8 @@ class PooledFunctions:
     A call gets a few samples, the completions of one prompt (where they are consecutive) together, so a function sees
     its groups whole but not the whole batch. The samples of a call that fails or loses its worker are tried once more,
     each by itself. What stays in process: async functions, those that name `environments` (others do not get them),
-    those with a true attribute `in_process`, those that hold a
-    torch model or tensor, and what cannot be found by a module's name (lambdas, closures, functions of the script).
+    those with a true attribute `in_process`, those that hold a torch model or tensor, and what cannot be found by a
+    module's name (lambdas, closures, functions of the script).
     """
 
     def __init__(self, functions: list[RewardFunction], limits: PoolLimits):

@@ -54,6 +54,11 @@ class RewardScores:
     hidden_seconds: float = 0.0
 
 
+def none_if_nan(value: float) -> float | None:
+    """A reward as records and tables hold it: None where there is none."""
+    return None if math.isnan(value) else value
+
+
 class FunctionScoring(Protocol):
     """How one function scores a batch that is filled bit by bit."""
 

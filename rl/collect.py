@@ -1,6 +1,5 @@
 """One generation: prompts in, scored and recorded completions out."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..rewards.runner import RewardRunner, RewardScores, Scoring
+from ..rewards.scoring import none_if_nan
 from ..rollout.conversation import Task
 from ..rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, sample_seed
 from ..rollout.records import RolloutRecord
@@ -156,7 +156,7 @@ class Collector:
         for record, reward, advantage in zip(
             records, advantages.rewards.tolist(), advantages.advantages.tolist(), strict=True
         ):
-            record.reward, record.advantage = _none_if_nan(reward), advantage
+            record.reward, record.advantage = none_if_nan(reward), advantage
         metrics.add("frac_reward_zero_std", advantages.zero_std.float().mean().item())
         without_signal = ~advantages.informative.view(-1, num_generations).any(dim=1)
         metrics.add("frac_groups_without_signal", without_signal.float().mean().item())
@@ -207,7 +207,7 @@ class Collector:
         ]
         rated = record_advantages(records, self.weights, num_generations, self.config)
         for record, reward in zip(records, rated.rewards.tolist(), strict=True):
-            record.reward = _none_if_nan(reward)
+            record.reward = none_if_nan(reward)
         return Round(records, scores, rollout_seconds, reward_seconds)
 
     def signal(self, records: Sequence[RolloutRecord], num_generations: int) -> list[bool]:
@@ -323,7 +323,7 @@ class Collector:
         return scores, [self._named_rewards(*pair) for pair in zip(scores.values.tolist(), trajectories, strict=True)]
 
     def _named_rewards(self, values: list[float], trajectory: Trajectory) -> dict[str, float | None]:
-        rewards = {name: _none_if_nan(value) for name, value in zip(self.rewards.names, values, strict=True)}
+        rewards = {name: none_if_nan(value) for name, value in zip(self.rewards.names, values, strict=True)}
         return with_overlong(rewards, trajectory, self.config.completion_limit, self.config.overlong_buffer)
 
 
@@ -335,10 +335,6 @@ def _failures(scores: RewardScores) -> dict[int, dict[str, dict[str, str]]]:
             reasons = found.setdefault(place, {}).setdefault(FAILURES, {})
             reasons[failure.function] = f"{failure.kind}: {failure.reason}"
     return found
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _choose(records: Sequence[RolloutRecord], signal: Sequence[bool], wanted: int) -> None:

@@ -49,11 +49,7 @@ def replay(
     checks = Checks(trainer, _read_records(directory, first), first, tolerance)
     start, findings = _find_start(directory, first if generate else step)
     again = _Again(trainer, start)
-    if trainer.args.lr_scheduler_type in FOLLOWS_EVALUATIONS and step - again.done > 1:
-        raise ValueError(
-            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r} follows the evaluations, which are not done "
-            f"again: step {step} cannot be replayed from {start.name}, only the first after a checkpoint"
-        )
+    _check_scheduler(trainer, step, again.done, start.name)
     trainer.engine.sleep()
     findings += [checks.prompts(), checks.texts()]
     trainer.state.global_step = first - 1  # what reward functions saw
@@ -90,6 +86,16 @@ def _check_step(trainer: GRPOTrainer, step: int) -> None:
         raise ValueError(f"there is no run in {directory}: it has no {checkpoint.ROLLOUTS}/")
     if not 1 <= step <= trainer.total_steps():
         raise ValueError(f"step {step}: the run in {directory} has steps 1 to {trainer.total_steps()}")
+
+
+def _check_scheduler(trainer: GRPOTrainer, step: int, done: int, start: str) -> None:
+    """Raise ValueError where the learning rate of `step` hangs on evaluations after the `done` steps of `start`."""
+    kind = trainer.args.lr_scheduler_type
+    if kind in FOLLOWS_EVALUATIONS and step - done > 1:
+        raise ValueError(
+            f"lr_scheduler_type={str(kind)!r} follows the evaluations, which are not done again: step {step} cannot be "
+            f"replayed from {start}, only the first after a checkpoint"
+        )
 
 
 class _Again:

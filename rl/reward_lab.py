@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards.calls import RewardBatch
+from ..rewards.scoring import none_if_nan
 from ..rewards.worker import StateView
 from .dataset_files import open_rows
 from .reward_lab_report import FunctionReport, describe_run
@@ -185,14 +186,10 @@ def _write(path: Path, groups: Any, scores: Any, names: Sequence[str], total: Fu
     for group, score in zip(groups, scores, strict=True):
         for place, sample in enumerate(group):
             failed = [f"{f.function}: {f.reason}" for f in score.failures if f.sample in (place, None)]
-            values = {name: _number(value) for name, value in zip(names, score.values[place].tolist(), strict=True)}
+            values = {name: none_if_nan(value) for name, value in zip(names, score.values[place].tolist(), strict=True)}
             row = {"prompt": sample.prompt, "completion": sample.completion} | sample.columns
             row |= {f"logged/{name}": logged[place] for name, logged in score.extra.items()}
-            row |= {"reward": _number(total.values[position]), "rewards": values}
+            row |= {"reward": none_if_nan(total.values[position]), "rewards": values}
             rows.append((sample.row, row | {"reward_failure": "\n".join(failed) or None}))
             position += 1
     write_table(path, [row for _, row in sorted(rows, key=lambda numbered: numbered[0])])
-
-
-def _number(value: float) -> float | None:
-    return None if value != value else value

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..rewards.calls import RewardBatch
 from ..rewards.runner import RewardScores
+from ..rewards.scoring import none_if_nan
 from ..rewards.worker import StateView
 from ..rollout.records import RolloutRecord
 from .advantages import total_rewards
@@ -112,7 +113,7 @@ def _with_rewards(
         replace(
             record,
             rewards={name: record.rewards.get(name) for name in kept}
-            | {name: None if value != value else value for name, value in zip(names, row, strict=True)},
+            | {name: none_if_nan(value) for name, value in zip(names, row, strict=True)},
         )
         for record, row in zip(records, values, strict=True)
     ]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rewards.runner import RewardFailure
+from ..rewards.scoring import none_if_nan
 from ..rollout.records import RolloutRecord
 
 Numbers = NDArray[np.float64]
@@ -51,10 +52,10 @@ class Comparison:
                 "prompt": record.prompt,
                 "completion": record.completion,
                 "used": record.used,
-                "old_reward": _none_if_nan(self.old[place]),
-                "new_reward": _none_if_nan(self.new[place]),
-                "old_advantage": _none_if_nan(self.old_advantages[place]),
-                "new_advantage": _none_if_nan(self.new_advantages[place]),
+                "old_reward": none_if_nan(self.old[place]),
+                "new_reward": none_if_nan(self.new[place]),
+                "old_advantage": none_if_nan(self.old_advantages[place]),
+                "new_advantage": none_if_nan(self.new_advantages[place]),
             }
             for place, record in enumerate(self.records)
         ]
@@ -183,7 +184,3 @@ def _mean(values: Numbers) -> str:
 
 def _shown(value: float) -> str:
     return "None" if np.isnan(value) else f"{value:.4g}"
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

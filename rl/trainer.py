@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from ..rewards.model import RewardModel
-from ..rewards.pool import PoolLimits
-from ..rewards.runner import RewardRunner
 from ..rollout.records import RolloutRecord, read_records, rollout_path, write_records
 from ..rollout.toolkit import EnvironmentFactory, Tool
 from ..weightshare.guard import ParityError
@@ -41,9 +38,9 @@ from .metrics import Metrics
 from .packing import TrainingSample, training_sample
 from .progress import ProgressBar
 from .rating import record_advantages, reward_weights
+from .reward_setup import RewardFunction, reward_functions, reward_runner
 from .rollout_func import RolloutFuncCollector, RolloutFunction
 
-RewardFunction = Callable[..., Any] | str | nn.Module
 BATCH_FILE = "rollout_batch.parquet"  # in a checkpoint made between two updates on the same rollouts
 PENDING_FILE = "pending_metrics.json"  # what was noted since the last log
 DETECTORS_FILE = "detectors.json"  # what the detectors have seen
@@ -100,20 +97,13 @@ class GRPOTrainer(Trainer):
         tokenizer = processing_class or setup.load_tokenizer(model)
         stops = setup.stop_token_ids(model, tokenizer)
         agents = Agents.of(tools, environment_factory, tokenizer, stops, args, rollout_func)
-        rewards = _reward_runner(_reward_functions(reward_funcs, reward_processing_classes), args, agents)
+        rewards = reward_runner(reward_functions(reward_funcs, reward_processing_classes), args, agents)
         max_context, max_prompt = _context(setup.model_config(model), args)
-        assert not isinstance(args.chat_template_kwargs, str)  # the config has parsed it
-        tokenize = PromptTokenizer(tokenizer, max_prompt, args.chat_template_kwargs)
-        tokenize = tokenize if agents is None else ToolPromptTokenizer(tokenize, agents)
+        tokenize = _prompt_tokenizer(tokenizer, max_prompt, args, agents)
         train_dataset = agents.stand_in(args) if agents is not None and train_dataset is None else train_dataset
-        check_dataset(train_dataset, "train_dataset", tokenize, args.prompts_per_generation)
+        _check_datasets(train_dataset, eval_dataset, tokenize, args.prompts_per_generation, agents)
         if isinstance(train_dataset, Dataset) and rollout_func is None:
             rewards.check_columns([*train_dataset.column_names, *(agents.columns if agents is not None else [])])
-        for name, dataset in _named_datasets(eval_dataset):
-            check_dataset(dataset, name, tokenize, 1)
-        if agents is not None:
-            for name, dataset in [("train_dataset", train_dataset), *_named_datasets(eval_dataset)]:
-                agents.check_environments(dataset, name)
         assert train_dataset is not None  # check_dataset has seen to it
         spare = SparePrompts(train_dataset, args.seed) if args.dynamic_sampling else None
         reward_weights(dict(zip(rewards.names, rewards.weights, strict=True)), args)  # names that clash, before loading
@@ -139,16 +129,21 @@ class GRPOTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(self.progress)
         self.rewards, self.spare = rewards, spare
-        self.collector = Collector(self.engine, tokenizer, tokenize, rewards, args, stops, self.progress.phase)
-        if agents is not None:
-            self.collector = AgentCollector(self.collector, agents, max_prompt)
-        elif rollout_func is not None:
-            self.collector = RolloutFuncCollector(self.collector, rollout_func, self)
+        completions = Collector(self.engine, tokenizer, tokenize, rewards, args, stops, self.progress.phase)
+        self.collector = self._collector(completions, agents, rollout_func, max_prompt)
         self.metrics = Metrics()
         self.detectors = run_detectors(args, self.collector.weights, self.progress)
         self.learner = Learner(self.policy, args, self.metrics, self.progress.phase)
         self._samples: list[TrainingSample] | None = None  # of the generation in use, all completions
         self._records: list[RolloutRecord] = []
+
+    def _collector(
+        self, completions: Collector, agents: Agents | None, rollout_func: RolloutFunction | None, max_prompt: int
+    ) -> Collector:
+        """The collector of completions, or one in its place of conversations or of what the user's function makes."""
+        if agents is not None:
+            return AgentCollector(completions, agents, max_prompt)
+        return completions if rollout_func is None else RolloutFuncCollector(completions, rollout_func, self)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -413,53 +408,6 @@ class GRPOTrainer(Trainer):
         self.engine.adapter_changed()
 
 
-def _reward_runner(given: Sequence[Callable[..., Any]], args: GRPOConfig, agents: Agents | None) -> RewardRunner:
-    """Of the reward functions, and of the rewards that environments give, which have the weight 1."""
-    functions, weights, workers = list(given), args.reward_weights, None
-    if agents is not None:
-        functions += agents.rewards()
-        weights = None if weights is None else [*weights, *[1.0] * (len(functions) - len(given))]
-    if not functions:
-        raise ValueError(
-            "nothing gives a reward: pass reward_funcs, or an environment_factory whose environments have get_reward()"
-        )
-    if args.reward_workers:
-        workers = PoolLimits(args.reward_workers, args.reward_timeout, args.reward_memory_gib)
-    return RewardRunner(
-        functions,
-        weights,
-        args.reward_errors,
-        workers,
-        args.reward_failure_share,
-        args.reward_concurrency,
-        args.reward_timeout,
-    )
-
-
-def _reward_functions(
-    reward_funcs: RewardFunction | Sequence[RewardFunction] | None,
-    tokenizers: Sequence[PreTrainedTokenizerBase | None] | None,
-) -> list[Callable[..., Any]]:
-    """Functions as they are; models wrapped so that they can be called alike."""
-    functions: list[RewardFunction] = []
-    if reward_funcs is None:
-        reward_funcs = []
-    if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str):
-        functions += reward_funcs
-    else:
-        functions.append(reward_funcs)
-    each = tokenizers or [None] * len(functions)
-    if len(each) != len(functions):
-        raise ValueError(
-            f"reward_processing_classes has {len(each)} entries, reward_funcs has {len(functions)}: give one for each "
-            "(None for functions)"
-        )
-    return [
-        RewardModel(function, tokenizer) if isinstance(function, (str, nn.Module)) else function
-        for function, tokenizer in zip(functions, each, strict=True)
-    ]
-
-
 def _context(config: Any, args: GRPOConfig) -> tuple[int, int]:
     """(tokens of a whole sequence, tokens of a prompt) that fit."""
     context = config.get_text_config().max_position_embeddings
@@ -476,6 +424,28 @@ def _context(config: Any, args: GRPOConfig) -> tuple[int, int]:
         )
     longest = context - args.completion_limit
     return context, min(longest, args.max_prompt_length or longest)
+
+
+def _prompt_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, max_prompt: int, args: GRPOConfig, agents: Agents | None
+) -> PromptTokenizer:
+    assert not isinstance(args.chat_template_kwargs, str)  # the config has parsed it
+    tokenize = PromptTokenizer(tokenizer, max_prompt, args.chat_template_kwargs)
+    return tokenize if agents is None else ToolPromptTokenizer(tokenize, agents)
+
+
+def _check_datasets(
+    train: Dataset | IterableDataset | None,
+    evaluation: Dataset | dict[str, Dataset] | None,
+    tokenize: PromptTokenizer,
+    at_least: int,
+    agents: Agents | None,
+) -> None:
+    """Raise ValueError for a dataset that is missing, too small, or has prompts or environments that cannot be used."""
+    for name, dataset in [("train_dataset", train), *_named_datasets(evaluation)]:
+        check_dataset(dataset, name, tokenize, at_least if dataset is train else 1)
+        if agents is not None:
+            agents.check_environments(dataset, name)
 
 
 def _named_datasets(datasets: Dataset | dict[str, Dataset] | None) -> list[tuple[str, Dataset]]:

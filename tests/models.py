@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from colora.weightshare.linear import OutputPart, SharedLinear
 from peft import LoraConfig
 from torch import Tensor
 from transformers import (
@@ -169,3 +170,10 @@ def plain_logprobs(model: torch.nn.Module, sequences: Sequence[Tensor], temperat
         logits = model(input_ids=sequence[None]).logits[0, :-1].float() / temperature
         pieces.append(logits.log_softmax(-1).gather(-1, sequence[1:, None])[:, 0])
     return torch.cat(pieces)
+
+
+def merged_weight(linear: SharedLinear, part: OutputPart) -> Tensor:
+    """The part's weight with the adapter added, in fp32, (rows, in)."""
+    weight = linear.weight.rows(part.start, part.stop).to(torch.float32, copy=True)
+    slot = linear.slot_of(part)
+    return weight if slot is None else weight.addmm_(slot[1].float(), slot[0].float())

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from colora.rl.policy import Policy
-from colora.weightshare.linear import merged_weight
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -14,6 +13,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from .models import merged_weight
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128,

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..kernels.lora_add import LoraPart
@@ -99,10 +98,3 @@ class SharedLinear:
             if lora_part.name == part.name:
                 return self.slot.a[lora_part.a], self.slot.b[lora_part.b]
         return None
-
-
-def merged_weight(linear: SharedLinear, part: OutputPart) -> Tensor:
-    """The part's weight with the adapter added, in fp32, (rows, in): for exports and for tests."""
-    weight = linear.weight.rows(part.start, part.stop).to(torch.float32, copy=True)
-    slot = linear.slot_of(part)
-    return weight if slot is None else weight.addmm_(slot[1].float(), slot[0].float())

@@ -7,7 +7,6 @@ import pytest
 import torch
 from colora.rl.policy import Policy, load
 from colora.rollout.engine import RolloutRequest, SamplingParams
-from colora.weightshare.linear import merged_weight
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +18,8 @@ from transformers import (
     Qwen3Config,
     set_seed,
 )
+
+from ..models import merged_weight
 
 DEVICE = "cpu"
 WINDOW = 8

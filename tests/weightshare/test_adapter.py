@@ -7,11 +7,10 @@ import pytest
 import torch
 from colora.rl.policy import Policy, load
 from colora.weightshare.adapter import Adapter
-from colora.weightshare.linear import merged_weight
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from ..models import next_token_rows, plain_logprobs, random_lora, random_sequences, tiny_llama
+from ..models import merged_weight, next_token_rows, plain_logprobs, random_lora, random_sequences, tiny_llama
 
 TOLERANCE = 1e-5
 SEQUENCES = random_sequences((13, 4, 9), 128)

@@ -11,14 +11,13 @@ import torch
 from colora.kernels import nf4
 from colora.rl.families import block_spec, model_layout
 from colora.rl.policy import load
-from colora.weightshare.linear import merged_weight
 from colora.weightshare.nf4_weight import NF4Weight
 from colora.weightshare.storage import DenseWeight
 from colora.weightshare.weights import SharedWeights
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
-from ..models import SMALL, random_lora, save_checkpoint, tiny_llama, tiny_model
+from ..models import SMALL, merged_weight, random_lora, save_checkpoint, tiny_llama, tiny_model
 from ..nf4_models import nf4_configs
 
 CONFIGS = nf4_configs()
