@@ -16,6 +16,7 @@ from colora.kernels.rms_norm import AddRMSNorm, RMSNorm
 from colora.kernels.rope import RotateQKV
 from colora.rl.policy import Policy
 from colora.rl.setup import configure
+from colora.rollout.engine import RolloutRequest, SamplingParams, generate
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
@@ -150,22 +151,34 @@ def test_the_kernels_learn_as_the_references_do(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_a_run_with_kernels_learns_as_one_without(tmp_path: Path, dtype: str, bound: float) -> None:
-    """The first step's completions are the same; later ones may part where two tokens are nearly as likely."""
+    """Both train on the same completions: sampled anew they would part where two tokens are nearly as likely."""
     model, curves = str(tiny_checkpoint(tmp_path / "model")), {}
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    for name in ("auto", "reference"):
+    sampled: list[dict[str, Any]] = []
+
+    def sample(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        ids, limit = [trainer.collector.tokenizer(prompt)["input_ids"] for prompt in prompts], SamplingParams(10, 1.0)
+        requests = [RolloutRequest(f"{i:02}", tuple(prompt), i, limit) for i, prompt in enumerate(ids)]
+        found = sorted(generate(trainer.engine, requests), key=lambda trajectory: trajectory.request_id)
+        output = {"completion_ids": [list(one.completion_ids) for one in found]}
+        sampled.append({"prompt_ids": ids, **output, "logprobs": [list(one.logprobs) for one in found]})
+        return sampled[-1]
+
+    replayed = iter(sampled)
+    for name, rollouts in {"auto": sample, "reference": lambda prompts, trainer: next(replayed)}.items():
         args = GRPOConfig(
-            str(tmp_path / name), device="cuda", engine="transformers", dtype=dtype, kernels=name, max_steps=4,
-            per_device_train_batch_size=8, num_generations=4, max_completion_length=10, learning_rate=3e-3,
-            report_to=[], save_strategy="no", disable_tqdm=True, activation_offload=name == "auto", parity_limit=1.0,
+            str(tmp_path / name), device="cuda", engine="transformers", dtype=dtype,
+            kernels=name, max_steps=4, per_device_train_batch_size=8, num_generations=4, max_completion_length=10,
+            learning_rate=3e-3, report_to=[], save_strategy="no", disable_tqdm=True,
+            activation_offload=name == "auto", parity_limit=1.0,
         )  # fmt: skip
-        rows = Dataset.from_dict({"prompt": ["12+34=", "5+6=", "70+8=", "99+1="]})
         trainer = GRPOTrainer(
             model,
             lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids],
             args,
-            rows,
+            Dataset.from_dict({"prompt": ["12+34=", "5+6=", "70+8=", "99+1="]}),
             peft_config=lora,
+            rollout_func=rollouts,
         )
         trainer.train()
         curves[name] = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
