@@ -1,4 +1,4 @@
-"""Whole GRPO steps on a smaller card: the longest context at which vLLM and the trainer go through three in a row.
+"""Whole GRPO steps on a smaller card: the longest context at which vLLM and the trainer go through some in a row.
 
     python benchmarks/capacity.py card24.8b CHECKPOINT --contexts 49152 65536
 
@@ -24,7 +24,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from step_vs_trl import Clock
 
-STEPS = 3
 COMPLETION = 2048
 PHASES = ("time/rollout_s", "time/reward_s", "time/train_s", "step_time", "sampling/sampling_logp_difference/mean")
 
@@ -37,21 +36,22 @@ class Case:
     shape: str
     rank: int
     generations: int
+    steps: int
     bar: int
     published: str
 
 
 CASES = {
-    "card24.8b": Case(24, "8b", 32, 8, 49152, "32K: the longest published for an 8B model on 24 GB"),
-    "card24.24b": Case(24, "24b", 16, 4, 20480, "20K: published for a 20B mixture of experts on 24 GB"),
-    "card80.8b": Case(80, "8b", 32, 4, 131072, "110K: the longest published for an 8B model on 80 GB"),
+    "card24.8b": Case(24, "8b", 32, 8, 3, 49152, "32K: the longest published for an 8B model on 24 GB"),
+    "card24.24b": Case(24, "24b", 16, 4, 3, 20480, "20K: published for a 20B mixture of experts on 24 GB"),
+    "card80.8b": Case(80, "8b", 32, 2, 2, 131072, "110K: the longest published for an 8B model on 80 GB"),
 }
 
 
-def document(tokens: int) -> Dataset:
-    """A prompt of so many characters for each step, a token each."""
+def documents(count: int, tokens: int) -> Dataset:
+    """Prompts of so many characters, a token each."""
     rng = random.Random(0)
-    return Dataset.from_list([{"prompt": "".join(rng.choices("abcdefgh ", k=tokens))} for _ in range(STEPS)])
+    return Dataset.from_list([{"prompt": "".join(rng.choices("abcdefgh ", k=tokens))} for _ in range(count)])
 
 
 def reward(completions: list[str], **_: object) -> list[float]:
@@ -60,7 +60,7 @@ def reward(completions: list[str], **_: object) -> list[float]:
 
 
 def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
-    """Three steps; what they took."""
+    """What `case.steps` steps took."""
     from colora import GRPOConfig, GRPOTrainer
 
     resident = torch.cuda.device_memory_used() / 2**30  # the ballast and other processes
@@ -69,7 +69,7 @@ def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
         mkdtemp(), engine="vllm", base=base, max_context=context, max_prompt_length=context - COMPLETION,
         max_completion_length=COMPLETION, num_generations=case.generations,
         per_device_train_batch_size=case.generations, tokens_per_microbatch=context, activation_offload=True,
-        gradient_checkpointing=True, optim="adamw_8bit", max_steps=STEPS, logging_steps=1, report_to=[],
+        gradient_checkpointing=True, optim="adamw_8bit", max_steps=case.steps, logging_steps=1, report_to=[],
         save_strategy="no", learning_rate=1e-6,
         engine_kwargs={"max_num_seqs": case.generations, "max_num_batched_tokens": 2048},
     )  # fmt: skip
@@ -77,11 +77,16 @@ def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
     with peak_memory() as peak:
         clock = Clock(peak)
         trainer = GRPOTrainer(
-            str(checkpoint), reward, config, document(context - COMPLETION), peft_config=lora, callbacks=[clock]
+            str(checkpoint),
+            reward,
+            config,
+            documents(case.steps, context - COMPLETION),
+            peft_config=lora,
+            callbacks=[clock],
         )
         start_seconds = time.perf_counter() - started
         trainer.train()
-    logs = [{name: entry.get(name) for name in PHASES} for entry in trainer.state.log_history[:STEPS]]
+    logs = [{name: entry.get(name) for name in PHASES} for entry in trainer.state.log_history[: case.steps]]
     return {
         "start_s": round(start_seconds, 1),
         "steps": logs,
@@ -116,7 +121,7 @@ def main() -> None:
     report.add(
         f"{arguments.case}.grpo_context.{arguments.base}", max(worked, default=0), "tokens", "higher", bar=case.bar,
         bar_is=case.published, free_gib=round(free, 2), failed_at=failed, generations=case.generations,
-        rank=case.rank, completion=COMPLETION, whole_steps=STEPS, runs=worked,
+        rank=case.rank, completion=COMPLETION, whole_steps=case.steps, runs=worked,
     )  # fmt: skip
     print(report.write())
 
