@@ -1,32 +1,41 @@
 """Attention over packed rows, forward and backward: TFLOP/s of visible pairs, and what rows of new lengths cost.
 
-First every path is checked against plain torch in fp32. `flash` and `loop` are torch's attention called for each
-sequence (FlashAttention-2; cuDNN, flash where it has no kernel), `flex` is FlexAttention for the whole row. Queries,
-keys and values lie as in the policy: in one row of heads for each token.
+First every path is checked against plain torch in fp32. The peers are torch's, called in another way: `flash` and
+`loop` for each sequence (FlashAttention-2; cuDNN, flash where it has no kernel), `varlen` for the whole row
+(FlashAttention-2), and `flex`, FlexAttention for the whole row, compiled for its very length, in the rows that it would
+be taken for. Queries, keys and values lie as in the policy: in one row of heads for each token.
 """
 
+import random
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from colora.kernels.attention import DENSE_BACKENDS, DENSE_FROM, packed_attention, packed_attention_reference
-from colora.kernels.attention_flex import flex_packed_attention
+from colora.kernels.attention import (
+    DENSE_BACKENDS,
+    DENSE_FROM,
+    dense_bucket,
+    packed_attention,
+    packed_attention_reference,
+)
+from colora.kernels.attention_varlen import varlen_attention
 from common import Report, matmul_roof, parser
 from plots import Panels, plot_panels
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from triton.testing import do_bench
 
 Attention = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], float, int | None], Tensor]
 Heads = tuple[int, int, int]  # of queries, of keys, their dimension
-QWEN3_8B, GEMMA3_4B = (32, 8, 128), (8, 4, 256)
+QWEN3_8B, QWEN3_2B, GEMMA3_4B = (32, 8, 128), (16, 8, 128), (8, 4, 256)
 TOLERANCE = 1e-2  # relative, of norms: probabilities and their gradients are bf16 in every kernel
 CAUSAL_BAR, SHARE_BAR, NEW_LENGTH_BAR = 500, 0.9, 50
-GRPO_ROW = (2048, 1991, 1534, 1203, 2048, 988, 761, 1777, 1320, 640, 412, 1662)  # 16384 tokens of 12 completions
+# 16384 tokens of 12 completions, the longest first, as packing lays them
+GRPO_ROW = (2048, 2048, 1991, 1777, 1662, 1534, 1320, 1203, 988, 761, 640, 412)
 UNEVEN_4K = (4096, 3500, 4500, 3000, 5000, 4096, 4321, 4255)
 LONG_AND_SHORT = (12000, 700, 9000, 900, 411, 6000, 1000, 1200, 1557)
 
@@ -39,10 +48,32 @@ def loop(backends: list[SDPBackend]) -> Attention:
     return run
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
+    q_b, k_b, v_b = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
+    mask = sequences_mask(lengths, window)
+    return compiled_flex(q_b, k_b, v_b, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=1)
+def sequences_mask(lengths: tuple[int, ...], window: int | None) -> BlockMask:
+    """Causal, within each sequence and the window."""
+    tokens = sum(lengths)
+    owner = torch.repeat_interleave(torch.tensor(lengths, device="cuda"))
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < (window or tokens)) & (owner[query] == owner[key])
+
+    return create_block_mask(visible, None, None, tokens, tokens, device="cuda")
+
+
 PEERS: dict[str, Attention] = {
     "flash": loop([SDPBackend.FLASH_ATTENTION]),
     "loop": loop(DENSE_BACKENDS),
-    "flex": flex_packed_attention,
+    "varlen": varlen_attention,
+    "flex": flex,
 }
 
 
@@ -54,7 +85,7 @@ class Row:
     lengths: tuple[int, ...]
     heads: Heads = QWEN3_8B
     window: int | None = None
-    peers: tuple[str, ...] = ("flash", "loop", "flex")
+    peers: tuple[str, ...] = ("flash", "loop", "varlen")
 
     @property
     def flops(self) -> float:
@@ -90,22 +121,22 @@ def _pairs(length: int, window: int) -> int:
 
 CHECKED = [
     Row("one", (2048,)),
+    Row("one in a bucket", (2500,)),
     Row("equal", (1024, 1024)),
-    Row("packed", (700, 300, 24, 512, 512)),
+    Row("short", (700, 300, 24, 512, 512)),
     Row("window", (1500, 548), window=200),
+    Row("window, heads of 256", (1500, 548), GEMMA3_4B, 200),
     Row("long and short", (4200, 100, 52)),
 ]
 ROWS = [
     Row("packed_8x4k_tflops", (4096,) * 8),
     Row("packed_8x4k_uneven_tflops", UNEVEN_4K),
     Row("packed_64x1536_tflops", (1536,) * 64),
-    Row("grpo_16k_tflops", GRPO_ROW),
+    Row("grpo_16k_tflops", GRPO_ROW, peers=("flash", "loop", "varlen", "flex")),
     Row("long_and_short_tflops", LONG_AND_SHORT),
     Row("window1024_qwen_tflops", (8192,), window=1024, peers=("flex",)),
-]
-GEMMA = [
     Row("window1024_gemma_tflops", (8192,), GEMMA3_4B, 1024, peers=("flex",)),
-    Row("causal_8k_gemma_tflops", (8192,), GEMMA3_4B, peers=("flash", "loop")),
+    Row("causal_8k_gemma_tflops", (8192,), GEMMA3_4B),
 ]
 
 
@@ -144,34 +175,40 @@ def seconds(row: Row) -> float:
 
 def new_lengths(report: Report) -> None:
     """What the first row costs, and the slowest of the next three, whose lengths and totals are all new."""
+    known, new = {"bar": NEW_LENGTH_BAR, "bar_is": "target"}, {"bar": None, "bar_is": None}
     kinds = {
-        "second_length_ms": [GRPO_ROW, (1536, 1400, 1160), (2000, 3000, 1096, 48), (300, 84, 129, 127)],
-        "second_length_dense_ms": [(6144,), (5000,), (7680,), (3333,)],
+        "second_length_ms": ([GRPO_ROW, (1536, 1400, 1160), (2000, 1900, 1096, 48), (300, 84, 129, 127)], known),
+        # All in the first one's bucket.
+        "second_length_in_bucket_ms": ([(6100,), (5900,), (6143,), (6001,)], known),
+        # Each in a bucket of its own: what a plan costs.
+        "second_length_dense_ms": ([(6144,), (5000,), (7680,), (3333,)], new),
     }
-    for figure, rows in kinds.items():
+    for figure, (rows, bar) in kinds.items():
         first = seconds(Row("", rows[0]))
-        before = counters["stats"]["unique_graphs"]
         times = [seconds(Row("", lengths)) * 1e3 for lengths in rows[1:]]
-        report.add(
-            f"attention.{figure}",
-            max(times),
-            "ms",
-            "lower",
-            bar=NEW_LENGTH_BAR if figure == "second_length_ms" else None,
-            bar_is="target" if figure == "second_length_ms" else None,
-            each=[round(ms, 2) for ms in times],
-            first_seconds=round(first, 2),
-            recompiled=counters["stats"]["unique_graphs"] - before,
-        )
+        each = {"each": [round(ms, 2) for ms in times], "first_seconds": round(first, 2)}
+        report.add(f"attention.{figure}", max(times), "ms", "lower", **bar, **each)
+
+
+def new_lengths_of_a_run(report: Report, count: int = 300, longest: int = 8192) -> None:
+    """What a sequence that may well have a new length costs on the average, more than the same one once more."""
+    draw = random.Random(0)
+    # With heads as nowhere else in this script, so that all plans are new.
+    rows = [Row("", (draw.randint(256, longest),), QWEN3_2B) for _ in range(count)]
+    first, again = (sum(seconds(row) for row in rows) for _ in range(2))
+    dense = [length for row in rows for length in row.lengths if length >= DENSE_FROM]
+    more = {"lengths": len({*rows}), "buckets": len({dense_bucket(length) for length in dense})}
+    bar = {"bar": NEW_LENGTH_BAR, "bar_is": "target"}
+    report.add("attention.new_length_mean_ms", (first - again) / count * 1e3, "ms", "lower", **bar, **more)
 
 
 def threshold(report: Report) -> None:
-    """From which length on calls of their own beat one FlexAttention: uneven sequences, 32K tokens altogether."""
+    """From which length on calls of their own beat one for the row: uneven sequences, 32K tokens altogether."""
     for length in (1024, 2048, 4096, 8192):
         lengths = (length - 128, length + 128) * (16384 // length)
         row = Row(f"uneven_{length}_dense_tflops", lengths)
         dense = row.tflops(lambda *arguments: packed_attention(*arguments, dense_from=1))[0]
-        peers = {"flex": round(row.tflops(flex_packed_attention)[0], 1)}
+        peers = {"varlen": round(row.tflops(varlen_attention)[0], 1)}
         report.add(f"attention.{row.figure}", dense, "TFLOP/s", "higher", peers=peers, dense_from_now=DENSE_FROM)
 
 
@@ -194,16 +231,11 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['figure']:44}{row['value']:10.2f}{row['unit']:>9}{row.get('bar') or '':>7}{peers}")
 
 
-def options() -> Namespace:
-    arguments = parser(__doc__)
-    arguments.add_argument("--skip-gemma", action="store_true", help="heads of 256: one more compilation")
-    return arguments.parse_args()
-
-
 def main() -> None:
-    arguments = options()
+    arguments = parser(__doc__).parse_args()
     report = Report("attention", arguments)
     new_lengths(report)
+    new_lengths_of_a_run(report)
     for row in CHECKED:
         print(f"{row.figure}: relative error {check(row):.5f}", flush=True)
     causal = measure(Row("causal_32k_tflops", (32768,)), report, CAUSAL_BAR)
@@ -215,8 +247,6 @@ def main() -> None:
         more = {"bar": SHARE_BAR, "bar_is": "of TFLOP/s of one causal sequence of 32K, same run"}
         report.add(f"attention.{name}_share", values[f"{name}_tflops"] / causal, "ratio", "higher", **more)
     threshold(report)
-    for row in [] if arguments.skip_gemma else GEMMA:
-        measure(row, report)
     print_table(report.rows)
     print(report.write())
 

@@ -1,47 +1,52 @@
 """Causal grouped-query attention over a packed row: several sequences side by side, none sees another.
 
-On a GPU `attention_plan` cuts a row into segments, each for the kernel that is fastest for it:
+On a GPU `attention_plan` cuts a row into segments, each for the kernel that is fastest for it (the figures are those of
+benchmarks/attention.py):
 
     dense: cuDNN's attention (flash where cuDNN has no kernel), which knows "causal" and equal lengths and nothing else:
-        a sequence that stands alone, one of at least DENSE_FROM tokens, or a row of equal sequences of at least
-        EQUAL_FROM tokens, which is a batch as it lies there. cuDNN makes a plan for each new shape, which takes as long
-        as many attentions: so lengths are padded to `padded_tokens`, a copy where they are not that already.
-    packed: FlexAttention, for runs of shorter sequences and for sliding windows; see attention_flex.py.
+        a sequence of at least DENSE_FROM tokens, or a row of equal sequences of at least EQUAL_FROM tokens, which is a
+        batch as it lies there. From about 2K tokens on it beats `varlen` although each sequence is a call (uneven_*).
+    varlen: FlashAttention-2, which takes a run of shorter sequences in one call (all of them where the row begins with
+        its longest), and rows with sliding windows; see attention_varlen.py. FlexAttention would do the same at half
+        that speed or less (peers of grpo_* and window*), and compile for seconds.
 
-A row whose total is `padded_tokens` of itself, its last sequence prolonged with tokens that are thrown away, is copied
-by neither where it is one segment: being causal, nothing before them changes.
+cuDNN makes a plan for each new shape, which takes as long as many attentions (second_length_dense_ms), and in each
+thread: that of the forward pass, and the one where autograd runs the backward pass and checkpointing repeats the
+forward. Trained sequences hardly ever have a length twice, so dense calls have the few lengths of `dense_bucket`: those
+in between are copied, with zeros behind their end. No token sees what comes after it, and no gradient comes back
+from behind the end, so nothing changes but the time. A new length in a known bucket needs no plan
+(second_length_in_bucket_ms), and `varlen` needs none at all (second_length_ms).
 
 FLOPs, with D = head_dim, over all visible pairs of query and key: 4 D per query head forward, 10 D backward.
-Bytes kept for the backward pass: q, k, v, the output and 4 per token and query head.
+Bytes kept for the backward pass: q, k, v (of a dense call its padded ones), the output and 4 per token and query head.
 
 Error: scores and sums are fp32, the probabilities are rounded to the dtype of unit roundoff u before the product with
 the values: |error| <= 4 u max |v| over the visible keys (and rounding of the scores' sums, far below that in bf16).
-NaN and infinities come out as NaN wherever they are seen. Dense segments and the reference keep them in their sequence;
-FlexAttention multiplies hidden values of the same 128 tokens by 0, so there they also reach neighbours.
+NaN and infinities come out as NaN wherever they are seen, and stay in their sequence. Kernels multiply hidden values of
+the same tile by 0, so that there they also reach earlier tokens of the sequence.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention_flex import BLOCK, flex_packed_attention
+from .attention_varlen import has_kernel, varlen_attention
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-DENSE_FROM = 1024  # a sequence of so many tokens gets a call of its own (benchmarks/attention.py, uneven_*)
-EQUAL_FROM = 512  # equal sequences of so many tokens are one batch
+DENSE_FROM = 2048  # a sequence of so many tokens gets a call of its own (benchmarks/attention.py, uneven_*)
+EQUAL_FROM = 1024  # equal sequences of so many tokens are one batch
 DENSE_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-BUCKETS_PER_OCTAVE = 64
+BLOCK = 128  # lengths of rows and of dense calls are multiples of it
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def packed_attention(
 ) -> Tensor:
     """Attention of each packed sequence to itself, causal, optionally within a sliding window.
 
-    The reference on the CPU and in fp32 and fp64; the kernels of this page on a GPU in bf16 and fp16.
+    The kernels of this page on a GPU in bf16 and fp16, with heads of up to 256 whose dimension is a multiple of 8; the
+    reference for all else.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -84,7 +90,7 @@ def packed_attention(
         ValueError: lengths that do not fill the row, heads that do not divide, a window below 1.
     """
     _check(q, k, v, lengths, window)
-    if not q.is_cuda or q.dtype not in KERNEL_DTYPES:
+    if not has_kernel(q):
         return packed_attention_reference(q, k, v, lengths, scale, window)
     if window is not None and window >= max(lengths):
         window = None
@@ -109,38 +115,55 @@ def attention_plan(
     """
     if window is not None:
         return (Segment(lengths, dense=False),)
-    if len(set(lengths)) == 1 and lengths[0] >= EQUAL_FROM:
+    if len(lengths) > 1 and len(set(lengths)) == 1 and lengths[0] >= EQUAL_FROM:
         return (Segment(lengths, dense=True),)
     segments: list[Segment] = []
-    run: list[int] = []
-    for length in (*lengths, None):
-        if length is not None and length < dense_from:
-            run.append(length)
-            continue
-        if run:
-            segments.append(Segment(tuple(run), dense=len(run) == 1))
-            run = []
-        if length is not None:
-            segments.append(Segment((length,), dense=True))
+    for dense, group in groupby(lengths, lambda length: length >= dense_from):
+        run = tuple(group)
+        segments += [Segment((length,), dense=True) for length in run] if dense else [Segment(run, dense=False)]
     return tuple(segments)
 
 
 def padded_tokens(tokens: int) -> int:
-    """`tokens` rounded up to a multiple of 128, from 16K tokens on to a 64th of the power of two below."""
-    step = max(BLOCK, 2 ** int(math.log2(tokens)) // BUCKETS_PER_OCTAVE)
+    """What to prolong a row to, with tokens at its end that are thrown away: being causal, nothing before them changes.
+
+    A multiple of 128, from 16K tokens on of a 64th of the power of two below: finer than `dense_bucket`, as all of a
+    model runs on these tokens. From 32K on they are the same, and a sequence that has such a row to itself is not
+    copied.
+    """
+    return _round_up(tokens, max(BLOCK, _power_of_two_below(tokens) // 64))
+
+
+def dense_bucket(tokens: int) -> int:
+    """Of a sequence in a dense call: `tokens` rounded up to one of 16 lengths between two powers of two.
+
+    From 16K tokens on there are 32, from 32K on 64 of them, and below 2K they are multiples of 128: a plan takes the
+    same time for all lengths, but what it saves grows with their square. Of a sequence of at least 2K tokens at most a
+    16th is added, on the average a 50th.
+    """
+    octave = _power_of_two_below(tokens)
+    return _round_up(tokens, max(BLOCK, min(octave // 16, 512), octave // 64))
+
+
+def _power_of_two_below(tokens: int) -> int:
+    """The greatest power of two that is no greater than `tokens`, which is at least 1."""
+    return 1 << (tokens.bit_length() - 1)
+
+
+def _round_up(tokens: int, step: int) -> int:
     return -(-tokens // step) * step
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float, window: int | None) -> Tensor:
     if segment.dense:
-        return _dense_attention(q, k, v, len(segment.lengths), scale)
-    return flex_packed_attention(q, k, v, segment.lengths, scale, window)
+        return dense_attention(q, k, v, len(segment.lengths), scale)
+    return varlen_attention(q, k, v, segment.lengths, scale, window)
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
-    """Causal attention of `sequences` equal sequences, which fill (tokens, heads, head_dim)."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
+    """`packed_attention` of `sequences` sequences of the same length, padded to `dense_bucket`."""
     length = q.shape[0] // sequences
-    padding = padded_tokens(length) - length
+    padding = dense_bucket(length) - length
     batch = [x.unflatten(0, (sequences, length)) for x in (q, k, v)]
     if padding:
         batch = [F.pad(x, (0, 0, 0, 0, 0, padding)) for x in batch]

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from colora.kernels.attention import Segment, attention_plan, packed_attention, padded_tokens
+from colora.kernels.attention import (
+    DENSE_FROM,
+    Segment,
+    attention_plan,
+    dense_attention,
+    dense_bucket,
+    packed_attention,
+    padded_tokens,
+)
 from torch import Tensor
 
 LENGTHS = (5, 1, 7)
@@ -84,7 +92,7 @@ def dense(*lengths: int) -> Segment:
     return Segment(lengths, dense=True)
 
 
-def packed(*lengths: int) -> Segment:
+def varlen(*lengths: int) -> Segment:
     return Segment(lengths, dense=False)
 
 
@@ -92,15 +100,17 @@ def packed(*lengths: int) -> Segment:
     ("lengths", "window", "plan"),
     [
         ((32768,), None, [dense(32768)]),
-        ((3,), None, [dense(3)]),
-        ((8192,), 1024, [packed(8192)]),
+        ((2048,), None, [dense(2048)]),
+        ((1536,), None, [varlen(1536)]),
+        ((3,), None, [varlen(3)]),
+        ((8192,), 1024, [varlen(8192)]),
         ((4096,) * 8, None, [dense(*(4096,) * 8)]),
         ((1536, 1536), None, [dense(1536, 1536)]),
-        ((200, 200), None, [packed(200, 200)]),
-        ((1000, 900, 300), None, [packed(1000, 900, 300)]),
-        ((1536, 1500, 900, 100), None, [dense(1536), dense(1500), packed(900, 100)]),
-        ((5000, 100, 300, 4096, 700), None, [dense(5000), packed(100, 300), dense(4096), dense(700)]),
-        ((5000, 100), 512, [packed(5000, 100)]),
+        ((1000, 1000), None, [varlen(1000, 1000)]),
+        ((1900, 900, 300), None, [varlen(1900, 900, 300)]),
+        ((4096, 4096, 2048, 2047, 100), None, [dense(4096), dense(4096), dense(2048), varlen(2047, 100)]),
+        ((5000, 100, 300, 4096, 700), None, [dense(5000), varlen(100, 300), dense(4096), varlen(700)]),
+        ((5000, 100), 512, [varlen(5000, 100)]),
     ],
 )
 def test_plan(lengths: tuple[int, ...], window: int | None, plan: list[Segment]) -> None:
@@ -108,7 +118,7 @@ def test_plan(lengths: tuple[int, ...], window: int | None, plan: list[Segment])
 
 
 def test_plan_with_another_threshold() -> None:
-    assert list(attention_plan((1536, 1500, 90), dense_from=1500)) == [dense(1536), dense(1500), dense(90)]
+    assert list(attention_plan((1536, 1500, 90), dense_from=1500)) == [dense(1536), dense(1500), varlen(90)]
 
 
 def test_padded_tokens_are_few_and_their_own_padding() -> None:
@@ -119,25 +129,67 @@ def test_padded_tokens_are_few_and_their_own_padding() -> None:
         assert tokens <= padded < max(tokens + 128, tokens * (1 + 1 / 64))
 
 
+def test_dense_calls_have_few_lengths_and_little_padding() -> None:
+    assert [dense_bucket(n) for n in (1, 1100, 2049, 4097, 8193, 16385)] == [128, 1152, 2176, 4352, 8704, 16896]
+    lengths = range(DENSE_FROM, 32769)
+    buckets = [dense_bucket(tokens) for tokens in lengths]
+    assert len(set(buckets)) == 1 + 16 + 16 + 16 + 32
+    assert all(dense_bucket(bucket) == bucket for bucket in set(buckets))
+    added = [bucket / tokens - 1 for bucket, tokens in zip(buckets, lengths, strict=True)]
+    assert min(added) == 0 and max(added) < 1 / 16 and sum(added) / len(added) < 1 / 50
+    assert all(dense_bucket(tokens) == padded_tokens(tokens) for tokens in (32769, 50000, 131071))
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 128), (1, 1), (1, 150), (3, 45)])
+def test_padding_of_dense_calls_changes_nothing(sequences: int, length: int) -> None:
+    row = [tensor.requires_grad_() for tensor in random_row(4, 2, tokens=sequences * length)]
+    grad = torch.randn(row[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = dense_attention(*row, sequences, SCALE)
+    expected = packed_attention(*row, (length,) * sequences, SCALE)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    for ours, exact in zip(torch.autograd.grad(out, row, grad), torch.autograd.grad(expected, row, grad), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_dense_calls_keep_nan_in_its_sequence() -> None:
+    q, k, v = random_row(4, 2, tokens=90)
+    clean = dense_attention(q, k, v, 2, SCALE)
+    v[1] = torch.nan
+    out = dense_attention(q, k, v, 2, SCALE)
+    assert out[1:45].isnan().all()
+    assert torch.equal(out[45:], clean[45:])
+
+
 GPU_ROWS = {
     "one": ((1000,), None),
     "one_token": ((1,), None),
-    "equal": ((640, 640), None),
-    "equal_padded": ((513, 513, 513), None),
-    "packed": ((129, 1, 127, 500, 300), None),
+    "one_dense": ((2048,), None),
+    "one_dense_padded": ((2500,), None),
+    "equal": ((1024, 1024), None),
+    "equal_padded": ((1025, 1025), None),
+    "short": ((129, 1, 127, 500, 300), None),
+    "one_token_each": ((1, 1, 1), None),
     "window": ((700, 1, 129), 100),
     "window_of_one": ((300, 20), 1),
-    "mixed": ((4100, 60, 129, 40), None),
+    "window_beyond_some": ((700, 1, 129), 500),
+    "mixed": ((4100, 60, 2049, 129, 40), None),
+}
+
+
+HEADS = {
+    "gqa_bf16": (2, 128, torch.bfloat16),
+    "mha_fp16": (4, 128, torch.float16),
+    "wide_bf16": (1, 256, torch.bfloat16),
 }
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("lengths", "window"), GPU_ROWS.values(), ids=GPU_ROWS)
-@pytest.mark.parametrize(("kv_heads", "dtype"), [(2, torch.bfloat16), (4, torch.float16)], ids=["gqa_bf16", "mha_fp16"])
+@pytest.mark.parametrize(("kv_heads", "head_dim", "dtype"), HEADS.values(), ids=HEADS)
 def test_kernels_equal_double_precision(
-    lengths: tuple[int, ...], window: int | None, kv_heads: int, dtype: torch.dtype
+    lengths: tuple[int, ...], window: int | None, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    tokens, heads, head_dim = sum(lengths), 4, 128
+    tokens, heads = sum(lengths), 4
     generator = torch.Generator("cuda").manual_seed(0)
     fused, grad = (
         torch.randn(tokens, n, head_dim, generator=generator, device="cuda").to(dtype)
@@ -159,13 +211,23 @@ def test_kernels_equal_double_precision(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(640,), (640, 640), (300, 90, 250)], ids=["dense", "batch", "packed"])
-def test_kernels_pass_nan_on(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "lengths", [(2048,), (2500, 300), (1024, 1024), (300, 90, 250)], ids=["dense", "padded", "batch", "varlen"]
+)
+def test_kernels_pass_nan_on_within_its_sequence(lengths: tuple[int, ...]) -> None:
     q, k, v = (x.bfloat16().cuda() for x in random_row_of(64, sum(lengths)))
     v[20] = torch.nan
     out = packed_attention(q, k, v, lengths, SCALE)
     assert out[20 : lengths[0]].isnan().all()
-    assert out[-100:].isfinite().all() or len(lengths) == 1
+    assert out[lengths[0] :].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_heads_without_a_kernel_take_the_reference() -> None:
+    row = [x.cuda().bfloat16() for x in random_row_of(20, 130)]
+    out = packed_attention(*row, (100, 30), SCALE, window=7)
+    exact = packed_attention(*(x.double() for x in row), (100, 30), SCALE, window=7)
+    torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
 
 
 def random_row_of(head_dim: int, tokens: int) -> tuple[Tensor, ...]:

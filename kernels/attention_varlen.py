@@ -1,0 +1,63 @@
+"""FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a packed row, causal, with or without a sliding window.
+
+All sequences in one call, which knows them by where each begins: no padding, no copy, nothing compiled, and nothing
+that a new length would have to wait for. torch has the kernels. They are called by their operator, which is the same
+in all versions; the public function, torch.nn.attention.varlen.varlen_attn, refuses grouped queries in PyTorch 2.11.
+
+The backward pass adds up the gradient of q in fp32, and has those of k and v for each query head before it sums
+the heads of a group: for its duration it takes 4 + 2 * 2 bytes per element of q. It adds atomically, so that two
+runs may differ in the last bits; not so under `torch.use_deterministic_algorithms`, where it is slower.
+
+Attention sinks (gpt-oss) need an autograd function around the two operators: output and log-sum-exp are rescaled as if
+one more key without a value had been there, and with the rescaled ones the backward operator's gradients are right.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def has_kernel(q: Tensor) -> bool:
+    """Whether `varlen_attention` takes (tokens, heads, head_dim) queries of this device, dtype and head_dim."""
+    if not q.is_cuda or q.dtype not in KERNEL_DTYPES or q.shape[2] % 8 or q.shape[2] > MAX_HEAD_DIM:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
+    """`packed_attention` where `has_kernel`.
+
+    Args and returns: those of `packed_attention`, which checks them.
+    """
+    starts, longest = sequence_starts(lengths, q.device), max(lengths)
+    return torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,  # no dropout
+        window is None,  # causal; a window that ends at the query is causal, too
+        False,  # no debug mask
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+
+
+@lru_cache(maxsize=16)
+def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(sequences + 1,) int32: where each sequence of the row begins, and where the last one ends.
+
+    Those of the last few rows are kept: the layers of a forward pass and its repetition share them.
+    """
+    with torch.inference_mode(False):  # a row first seen without gradients may be trained next
+        return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
