@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from colora.kernels.lora_add import LoraPart
 from colora.kernels.lora_linear import PartOffsets
 from colora.kernels.lora_training import lora_training, lora_training_reference
-from colora.kernels.lora_training_triton import ColumnRange, low_rank
+from colora.kernels.lora_training_triton import ColumnRange, down_gradient, low_rank
 from colora.kernels.lora_up import lora_up
 from common import Report, parser
 from torch import Tensor, nn
@@ -137,7 +137,9 @@ class Projection:
             "h = g B": lambda: [
                 torch.mm(self.grad[:, part.out], self.b[part.b], out=grad_down[:, part.a]) for part in self.parts
             ],
+            "h = g B, one launch": lambda: down_gradient(self.grad, self.b, grad_down, columns),
             "dB = g^T u": lambda: [fp32(self.grad[:, part.out].T, down[:, part.a]) for part in self.parts],
+            "dB = g^T u, one call": lambda: fp32(self.grad.T, down),
             "dX = h A": lambda: low_rank(grad_down, self.a.T, None, grad_x, whole, rank_rows),
             "dA = h^T x": lambda: fp32(grad_down.T, x),
             "x [W; A]^T": lambda: F.linear(x, self.stacked),

@@ -4,6 +4,9 @@ Forward, for input x, frozen W and bias, and each adapted part p of the fused ou
     u = x A^T,   y = [u_p B_p^T + bias, written by one kernel],   y += x W^T,
 backward, for the gradient g of y:
     h = [g_p B_p],   dB_p = scale g_p^T u_p,   dA = h^T x,   dX = h A by the same kernel,   dX += g W.
+Each reads x or g once for all parts. h is made by a kernel where cuBLAS would take a call a part; dB is cut out of
+g^T u, the products of one part's columns with another part's u being dropped: up to a P r of 200 or so they cost no
+time, as reading g takes longer.
 The update goes first and the frozen product is added to it, because a matrix product that reads the tile of its result
 reads it while it multiplies; the other way round the result is read and written once more by a product that has
 nothing to do meanwhile. Nothing of W's size is made; a W in NF4 is decoded a tile at a time (`frozen`). Kept for the
@@ -11,7 +14,7 @@ backward pass: x, once, and u.
 
 Cost for T tokens, in -> out, P adapted parts of rank r, e bytes an element; the frozen chain x W^T, g W takes
 4 T in out FLOPs. On top of it, every product being bound by memory:
-    FLOPs: 6 T P r in + 6 T r out: for 4096 -> 24576, r 32, P 2: 1.6 % of the chain.
+    FLOPs: 6 T P r in + (4 + 2 P) T r out: for 4096 -> 24576, r 32, P 2: 2 % of the chain.
     bytes: u: T in e read; the update: T out e written, and read by the frozen product;
         h and dB: T out e read each; dA: T in e read; h A: T in e written, and read by the frozen product.
 The four projections of an 8B model (Qwen3, Llama 3), 8192 tokens, bf16: T in e = 0.40 GB and T out e = 0.64 GB
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
     from .lora_training_triton import ColumnRange
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# From here on the kernel for h has about a program a part for each multiprocessor of an H200; with fewer it is slower
+# than cuBLAS, which also divides the columns.
+MANY_TOKENS = 6144
 
 
 def lora_training(
@@ -141,19 +147,37 @@ class LoraTraining(torch.autograd.Function):
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[index] for index in (0, 5, 6))
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = torch.empty(slot_b.shape, dtype=torch.float32, device=slot_b.device)
-            for part in ctx.parts:
-                grad_b[part.b] = _fp32_product(grad_y[:, part.out].T, down[:, part.a])
-            grad_b.mul_(ctx.scale)
+            grad_b = _grad_b(grad_y, down, ctx.parts, ctx.scale)
         if needs_x or needs_a:
-            grad_down = torch.empty_like(down)
-            for part in ctx.parts:
-                torch.mm(grad_y[:, part.out], slot_b[part.b], out=grad_down[:, part.a])
+            grad_down = _grad_down(grad_y, slot_b, torch.empty_like(down), ctx.parts)
             if needs_a:
                 grad_a = _fp32_product(grad_down.T, x)
             if needs_x:
                 grad_x = _grad_input(grad_y, grad_down, ctx.weight, slot_a)
         return grad_x, None, None, None, None, grad_a, grad_b, None, None
+
+
+def _grad_b(grad_y: Tensor, down: Tensor, parts: Sequence[LoraPart], scale: float) -> Tensor:
+    """scale g_p^T u_p of every part, one beneath the other, in fp32."""
+    if len(parts) == 1:
+        return _fp32_product(grad_y[:, parts[0].out].T, down).mul_(scale)
+    products = _fp32_product(grad_y.T, down)
+    grad_b = products.new_empty(sum(part.b.stop - part.b.start for part in parts), down.shape[1] // len(parts))
+    for part in parts:
+        torch.mul(products[part.out, part.a], scale, out=grad_b[part.b])
+    return grad_b
+
+
+def _grad_down(grad_y: Tensor, slot_b: Tensor, grad_down: Tensor, parts: Sequence[LoraPart]) -> Tensor:
+    """`grad_down`, overwritten with g_p B_p of every part, one beside the other."""
+    from .lora_training_triton import MAX_READ_RANK, down_gradient
+
+    if len(parts) > 1 and grad_y.shape[0] >= MANY_TOKENS and slot_b.shape[1] <= MAX_READ_RANK:
+        rows = grad_y if grad_y.stride(-1) == 1 else grad_y.contiguous()
+        return down_gradient(rows, slot_b, grad_down, _column_ranges(parts, rows.shape[1]))
+    for part in parts:
+        torch.mm(grad_y[:, part.out], slot_b[part.b], out=grad_down[:, part.a])
+    return grad_down
 
 
 def _grad_input(grad_y: Tensor, grad_down: Tensor, weight: FrozenWeight, slot_a: Tensor) -> Tensor:

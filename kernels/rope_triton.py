@@ -1,9 +1,9 @@
 """The Triton kernels of `rope`: one program for a group of heads of one token. Bytes and error are stated there."""
 
-import math
-from typing import TYPE_CHECKING
+from functools import cache
+from math import ceil, gcd
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,8 +11,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .rope import QKNorm
 
-MIN_TILE, MAX_TILE = 512, 2048  # elements of a program
-ELEMENTS_PER_THREAD = 16  # one 16-byte load in bf16 for each half of a head
+MIN_TILE, MAX_TILE = 1024, 2048  # elements of a program
+ELEMENTS_PER_THREAD = 32  # two 16-byte loads in bf16 for each half of the heads, for one of each table
+# A thread's registers for each byte of an element, enough for all loads of a program at once. Where no limit is named
+# ptxas saves registers by moving loads behind the first arithmetic, and each of these is a wait for the memory more.
+REGISTERS_PER_BYTE = 64
 
 
 @triton.jit
@@ -168,14 +171,13 @@ def rotate_forward(
     if tokens == 0:
         return
     cos, sin = _rows(cos), _rows(sin)
-    block_h, block_d, warps = _tile(heads, kv_heads, head_dim)
-    groups = triton.cdiv(heads, block_h) + triton.cdiv(kv_heads, block_h)
-    with torch.cuda.device_of(x):
-        _forward[(tokens * groups,)](
-            x, x.stride(0), y, y.stride(0), cos, cos.stride(0), sin, sin.stride(0), *_norm_arguments(norm, x),
-            HEADS=heads, KV_HEADS=kv_heads, NORM=norm is not None, ONE_PLUS=norm is not None and norm.one_plus_weight,
-            HALF=head_dim // 2, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    layout = _layout(heads, kv_heads, head_dim, x.element_size())
+    _forward[(tokens * (layout.q_groups + layout.kv_groups),)](
+        x, x.stride(0), y, y.stride(0), cos, cos.stride(0), sin, sin.stride(0), *_norm_arguments(norm, x),
+        HEADS=heads, KV_HEADS=kv_heads, NORM=norm is not None, ONE_PLUS=norm is not None and norm.one_plus_weight,
+        HALF=head_dim // 2, BLOCK_H=layout.heads, BLOCK_D=layout.columns, num_warps=layout.warps,
+        maxnreg=layout.max_registers,
+    )  # fmt: skip
 
 
 def rotate_backward(
@@ -193,30 +195,39 @@ def rotate_backward(
         return dx
     dq, dk, dv, cos, sin = (_rows(t) for t in (dq, dk, dv, cos, sin))
     source = dx if x is None else x  # not read without a norm
-    block_h, block_d, warps = _tile(heads, kv_heads, head_dim)
-    groups = triton.cdiv(heads, block_h) + 2 * triton.cdiv(kv_heads, block_h)
-    with torch.cuda.device_of(dx):
-        _backward[(tokens * groups,)](
-            dq, dq.stride(0), dq.stride(1), dk, dk.stride(0), dk.stride(1), dv, dv.stride(0), dv.stride(1),
-            source, source.stride(0), dx, dx.stride(0), cos, cos.stride(0), sin, sin.stride(0),
-            *_norm_arguments(norm, dx),
-            HEADS=heads, KV_HEADS=kv_heads, NORM=norm is not None, ONE_PLUS=norm is not None and norm.one_plus_weight,
-            HALF=head_dim // 2, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    layout = _layout(heads, kv_heads, head_dim, dx.element_size())
+    _backward[(tokens * (layout.q_groups + 2 * layout.kv_groups),)](
+        dq, dq.stride(0), dq.stride(1), dk, dk.stride(0), dk.stride(1), dv, dv.stride(0), dv.stride(1),
+        source, source.stride(0), dx, dx.stride(0), cos, cos.stride(0), sin, sin.stride(0),
+        *_norm_arguments(norm, dx),
+        HEADS=heads, KV_HEADS=kv_heads, NORM=norm is not None, ONE_PLUS=norm is not None and norm.one_plus_weight,
+        HALF=head_dim // 2, BLOCK_H=layout.heads, BLOCK_D=layout.columns, num_warps=layout.warps,
+        maxnreg=layout.max_registers,
+    )  # fmt: skip
     return dx
 
 
-def _tile(heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
-    """Heads of a program, its columns of half a head, and its warps.
+class _Layout(NamedTuple):
+    """Heads of a program, its columns of half a head, its warps, a thread's registers, and programs for q and for k."""
 
-    A program's heads are all of q, of k or of v: a size that divides both numbers of heads leaves no lane idle.
-    """
+    heads: int
+    columns: int
+    warps: int
+    max_registers: int
+    q_groups: int
+    kv_groups: int
+
+
+@cache
+def _layout(heads: int, kv_heads: int, head_dim: int, element_size: int) -> _Layout:
+    """A program's heads are all of q, of k or of v: a size that divides both numbers of heads leaves no lane idle."""
     columns = triton.next_power_of_2(head_dim // 2)
-    common = math.gcd(heads, kv_heads)
+    common = gcd(heads, kv_heads)
     block_h = max(common & -common, MIN_TILE // (2 * columns))
     block_h = max(1, min(block_h, MAX_TILE // (2 * columns)))
-    warps = block_h * 2 * columns // (32 * ELEMENTS_PER_THREAD)
-    return block_h, columns, max(1, min(8, warps))
+    warps = max(1, min(8, block_h * 2 * columns // (32 * ELEMENTS_PER_THREAD)))
+    registers = min(255, REGISTERS_PER_BYTE * element_size)  # 255: a thread can have no more
+    return _Layout(block_h, columns, warps, registers, ceil(heads / block_h), ceil(kv_heads / block_h))
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from colora.kernels.lora_add import LoraPart
-from colora.kernels.lora_training import LoraTraining, kernel_fits, lora_training, lora_training_reference
+from colora.kernels.lora_training import MANY_TOKENS, LoraTraining, kernel_fits, lora_training, lora_training_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -138,6 +138,12 @@ def test_kernel_within_its_bound(case: Case, dtype: torch.dtype) -> None:
     assert_within_bound(case, dtype, LoraTraining.apply)
 
 
+@needs_kernel
+def test_kernel_of_h_within_the_bound() -> None:
+    """With enough tokens one launch makes it for all parts; here one lies between them that has no adapter."""
+    assert_within_bound(Case(MANY_TOKENS + 1, (40, 7, 10), (0, 2), 16, 4), torch.float32, LoraTraining.apply)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [CASES["qkv_with_bias"], CASES["q_and_v"]], ids=["qkv_with_bias", "q_and_v"])
 def test_reference_within_the_bound(case: Case, dtype: torch.dtype) -> None:
@@ -213,7 +219,7 @@ def test_nothing_of_the_weights_size_is_made(path: Callable[..., Tensor]) -> Non
 
 @pytest.mark.gpu
 def test_memory_of_forward_and_backward() -> None:
-    """Kept: y and u; made by the backward pass: dX, dA, dB, h and a part's dB before it is put in its place."""
+    """Kept: y and u; made by the backward pass: dX, dA, dB, h and, before dX, the products that dB is cut out of."""
     case = Case(2048, (4096, 4096), (0, 1), 4096, 32)
     given = random_tensors(case, torch.bfloat16)
     run(lora_training, case, given)  # cuBLAS takes its workspace, Triton compiles
