@@ -61,28 +61,36 @@ _DECODE_FP16 = tl.constexpr(_decode_four_bytes("f16x2"))
 
 @triton.jit
 def prepare_decoding(PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """To be called once, first thing in a kernel that calls `decode`, by every thread of it."""
+    """To be called once in a kernel that calls `decode` or `decode_halves`, before it does, by every thread of it."""
     if not PLAIN:
         tl.inline_asm_elementwise(_PREPARE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def decode(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes (n, 32) of one block a row and absmax (n,) -> weights (n, 64) of dtype.
+def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes and the absmax of each, two shapes that broadcast -> the weights of the low and of the high nibbles.
 
+    The absmax of four codes in a row must be the same.
     PLAIN: without assembly, for the interpreter and for fp32; `tables` as `decoding_tables` makes it.
     """
     if PLAIN:
-        low = (tl.load(tables + 256 + (codes & 15).to(tl.int32)) * absmax[:, None]).to(dtype)
-        high = (tl.load(tables + 256 + (codes >> 4).to(tl.int32)) * absmax[:, None]).to(dtype)
+        low = (tl.load(tables + 256 + (codes & 15).to(tl.int32)) * absmax).to(dtype)
+        high = (tl.load(tables + 256 + (codes >> 4).to(tl.int32)) * absmax).to(dtype)
     elif dtype == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
-            _DECODE_BF16, _OPERANDS, [codes, absmax[:, None]], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            _DECODE_BF16, _OPERANDS, [codes, absmax], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     else:
         low, high = tl.inline_asm_elementwise(
-            _DECODE_FP16, _OPERANDS, [codes, absmax[:, None]], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            _DECODE_FP16, _OPERANDS, [codes, absmax], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
+    return low, high
+
+
+@triton.jit
+def decode(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes (n, 32) of one block a row and absmax (n,) -> weights (n, 64) of dtype; see `decode_halves`."""
+    low, high = decode_halves(codes, absmax[:, None], tables, dtype, PLAIN)
     return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (codes.shape[0], 2 * codes.shape[1]))
 
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,23 @@ import triton
 from torch import Tensor
 
 from .nf4 import BLOCK, NF4Tensor, empty
-from .nf4_few_rows import MAX_ROWS, Config, launch, rows_of_program
+from .nf4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_blocks
 
 Shape = tuple[int, int]  # out, in
 KNOWN = Path(__file__).with_name("nf4_configs.json")
-ROWS = (8, 16, 32, 64, MAX_ROWS)  # what `rows_of_program` gives
+ROWS = (8, 16, 32, MAX_ROWS)  # what `rows_of_program` gives
+# Outs, warps, blocks, buffers and registers of the programs worth measuring, by rows; each is compiled where it is.
+_KINDS: dict[int, list[tuple[int, int, int, int, int | None]]] = {
+    8: [(128, 4, 4, 2, 128), (128, 4, 2, 2, None), (64, 2, 4, 2, 128), (64, 4, 4, 2, None)],
+    16: [(128, 4, 2, 2, None), (128, 4, 4, 2, None), (64, 4, 4, 2, None)],
+    32: [(128, 4, 2, 2, None), (128, 4, 2, 2, 128), (64, 4, 4, 2, None)],
+    64: [(64, 4, 2, 2, None), (128, 4, 1, 3, None), (128, 4, 2, 2, None)],
+}
+_SPLITS = 4  # numbers of splits to measure for each
+# Of a multiprocessor of an H200, for the estimate: warps that run at a time, weights decoded, and what a program and
+# one more range of columns cost.
+_RESIDENT_WARPS, _WEIGHTS_A_CYCLE, _WEIGHTS_A_CYCLE_AND_WARP = 16, 20.0, 2.0
+_CYCLES_AROUND, _CYCLES_A_SPLIT = 5000, 100
 _ROTATED_BYTES = 150e6  # of copies of a matrix that are multiplied in turn, so that the L2 cache does not hold them
 
 
@@ -49,34 +61,34 @@ def _chosen(device: torch.device, shape: Shape, rows: int) -> Config:
 
 
 def rule_of_thumb(shape: Shape, rows: int, processors: int) -> Config:
-    """About three programs for each of the GPU's `processors`."""
-    wgmma = rows >= 32
-    blocks = 1 if rows >= 128 else 2  # what fits into the 99 KiB of shared memory of consumer GPUs
-    splits = _splits(shape, 128, blocks, 3 * processors)
-    return Config(outs=128, warps=8 if wgmma else 4, blocks=blocks, buffers=2, splits=splits, wgmma=wgmma)
+    """The splits with the best estimate, on a GPU of so many multiprocessors."""
+    return _estimated(shape, Config(*_KINDS[rows][0], 1), processors)[0]
 
 
 def candidates(shape: Shape, rows: int, processors: int) -> list[Config]:
-    """What `tune` measures."""
-    kinds = [(128, 4, 2, 2, False), (64, 4, 4, 2, False)]  # outs, warps, blocks, buffers, wgmma
-    if rows == 8:
-        kinds += [(256, 4, 2, 2, False), (128, 4, 4, 2, False)]
-    if rows in (32, 64):
-        kinds = [(128, 4, 2, 2, False), (128, 4, 2, 2, True), (128, 8, 2, 2, True)]
-    if rows >= 128:
-        kinds = [(128, 8, 2, 2, True), (128, 8, 1, 3, True)]
-    return [
-        Config(outs, warps, blocks, buffers, splits, wgmma)
-        for outs, warps, blocks, buffers, wgmma in kinds
-        for splits in sorted({_splits(shape, outs, blocks, share * processors) for share in (1, 2, 3, 4, 6)})
-    ]
+    """What `tune` measures: of each kind of program the splits with the best estimates."""
+    kinds = [Config(*kind, 1) for kind in _KINDS[rows]]
+    return [config for kind in kinds for config in _estimated(shape, kind, processors)[:_SPLITS]]
 
 
-def _splits(shape: Shape, outs: int, blocks: int, programs: int) -> int:
-    """Splits for about as many programs: none without a step, none shorter than four blocks if there are more."""
-    steps = max(1, shape[1] // BLOCK // blocks)
-    wanted = max(1, min(steps * blocks // 4, round(programs / triton.cdiv(shape[0], outs))))
-    return int(triton.cdiv(steps, triton.cdiv(steps, wanted)))
+def _estimated(shape: Shape, kind: Config, processors: int) -> list[Config]:
+    """The kind with every number of splits that differs, the fastest by a rough estimate first.
+
+    The multiprocessor with the most programs is the last, so their number should be little below a multiple of
+    `processors`. Each needs its time before the first weight and after the last; fewer warps are less busy.
+    """
+    blocks = step_blocks(shape[1], kind.blocks)
+    steps, tiles = max(1, shape[1] // BLOCK // blocks), triton.cdiv(shape[0], kind.outs)
+
+    def cycles(splits: int) -> float:
+        programs = triton.cdiv(tiles * splits, processors)
+        rounds = triton.cdiv(programs * kind.warps, _RESIDENT_WARPS)
+        weights = programs * triton.cdiv(steps, splits) * blocks * BLOCK * kind.outs
+        rate = min(_WEIGHTS_A_CYCLE, _WEIGHTS_A_CYCLE_AND_WARP * programs * kind.warps)
+        return float(rounds * _CYCLES_AROUND + weights / rate + _CYCLES_A_SPLIT * splits)
+
+    different = {triton.cdiv(steps, triton.cdiv(steps, wanted)) for wanted in range(1, steps + 1)}
+    return [replace(kind, splits=splits) for splits in sorted(different, key=lambda splits: (cycles(splits), splits))]
 
 
 def tune(
