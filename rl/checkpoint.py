@@ -83,7 +83,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def write_base(directory: Path, model: str, base: str) -> None:
-    """Note what the adapter was trained on: the base model's name and how its linears are held, `dense` or `nf4`."""
+    """Note what the adapter was trained on: the base model's name and its `SharedWeights.base`."""
     (directory / BASE_FILE).write_text(json.dumps({"model": model, "format": base}))
 
 
@@ -92,7 +92,9 @@ def check_base(directory: Path, base: str) -> None:
     path = directory / BASE_FILE
     trained_on = json.loads(path.read_text())["format"] if path.is_file() else base
     if trained_on != base:
-        remedy = "set base to nf4" if trained_on == "nf4" else "leave base at auto and use the unquantised checkpoint"
+        remedy = "leave base at auto and use the unquantised checkpoint"
+        if trained_on != "dense":
+            remedy = f"set base to {trained_on}"
         raise ValueError(
             f"cannot resume from {directory}: it was trained on a base that is {trained_on}, and this run's is {base}: "
             f"{remedy}"

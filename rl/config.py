@@ -173,7 +173,8 @@ class GRPOConfig(trl.GRPOConfig):
         default="auto",
         metadata={
             "help": "How the frozen base is held. `nf4`: its linears are quantised to bitsandbytes' NF4 (4 bits) while "
-            "they load, for engine and trainer alike. `auto`: as the checkpoint has them, unquantised or in NF4."
+            "they load, for engine and trainer alike; `fp4`: to FP4 (e2m1), which decodes faster. `auto`: as the "
+            "checkpoint has them, unquantised or in NF4."
         },
     )
     tokens_per_microbatch: int = field(

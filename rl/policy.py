@@ -321,13 +321,13 @@ def load(
             that is float32.
         device: the first GPU, else the CPU, where None.
         seed: as for `build`.
-        base: "nf4": the projections are quantised to NF4 while they load. "auto": they stay as the checkpoint has them,
-            16 or 32 bits or bitsandbytes' NF4.
+        base: "nf4", "fp4": the projections are quantised to it while they load. "auto": they stay as the checkpoint has
+            them, 16 or 32 bits or bitsandbytes' NF4.
 
     Raises:
         ValueError: a checkpoint that is missing, incomplete, corrupt, of an unknown architecture or quantised in a
-            format other than NF4; projections that NF4 cannot hold; weights that do not fit into the GPU's memory; LoRA
-            options or targets that are not supported.
+            format other than NF4; projections that the base cannot hold; weights that do not fit into the GPU's memory;
+            LoRA options or targets that are not supported.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config, names, tensors = _open(model)

@@ -25,7 +25,7 @@ from ..rollout.self_test import self_test
 from ..rollout.trajectory import Trajectory
 from ..rollout.transformers_engine import TransformersEngine
 from ..weightshare.adapter import check_lora_config, targeted_parts
-from ..weightshare.base_format import NF4
+from ..weightshare.base_format import base_format
 from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import ParityGuard
 from ..weightshare.loading import base_of, checkpoint_directory, tensor_names
@@ -92,8 +92,8 @@ def choose_engine(name: str, device: torch.device) -> str:
 
 def check_base(config: PreTrainedConfig, base: str) -> None:
     """Raise ValueError where a model of this config cannot be quantised while it loads."""
-    if base == "nf4" and getattr(config, "quantization_config", None) is None:  # else some linears may stay dense
-        model_layout(block_spec(config)).check_base(NF4)
+    if getattr(config, "quantization_config", None) is None:  # else some linears may stay dense
+        model_layout(block_spec(config)).check_base(base_format(base, ()))
 
 
 def check_model(model: ModelLike, lora: LoraConfig | None, base: str = "auto") -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..kernels.fp4 import FP4Tensor
+from ..kernels.fp4_linear import fp4_linear
+from ..kernels.frozen import QuantizedTensor
 from ..kernels.head_logits import head_logits
-from ..kernels.nf4 import NF4Tensor
 from ..kernels.nf4_linear import nf4_linear
 from ..weightshare.linear import SharedLinear
 from ..weightshare.weights import EMBEDDING, HEAD, SharedWeights
@@ -35,19 +37,21 @@ class _Fp32Head(nn.Module):
         return head_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
 
 
-class _NF4Projection(nn.Module):
+class _QuantizedProjection(nn.Module):
     """In place of a linear whose weight is quantised: `rows` of a shared matrix, and their bias. It owns nothing."""
 
-    def __init__(self, rows: NF4Tensor, bias: Tensor | None):
+    def __init__(self, rows: QuantizedTensor, bias: Tensor | None):
         super().__init__()
         self.rows, self.bias = rows, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.rows, FP4Tensor):
+            return fp4_linear(x, *self.rows.tensors(), self.bias)
         return nf4_linear(x, *self.rows.tensors(), self.bias)
 
 
-def _replace_projections(model: PreTrainedModel, linear: SharedLinear, weight: NF4Tensor) -> None:
-    """Put an `_NF4Projection` where the model has a linear for each part of a quantised one."""
+def _replace_projections(model: PreTrainedModel, linear: SharedLinear, weight: QuantizedTensor) -> None:
+    """Put a `_QuantizedProjection` where the model has a linear for each part of a quantised one."""
     places = dict(model.named_parameters())
     for part in linear.parts:
         name, rows = linear.part_name(part), weight.rows(part.start, part.stop)
@@ -58,7 +62,7 @@ def _replace_projections(model: PreTrainedModel, linear: SharedLinear, weight: N
                 f"the shared weights are not those of a {model.config.model_type} model with this config: {name} is "
                 f"{rows.shape}, the config says {expected}; load both from the same checkpoint"
             )
-        model.set_submodule(name, _NF4Projection(rows, None if linear.bias is None else linear.bias[part.rows]))
+        model.set_submodule(name, _QuantizedProjection(rows, None if linear.bias is None else linear.bias[part.rows]))
 
 
 def shared_model(weights: SharedWeights, config: PretrainedConfig, fp32_head: bool = True) -> PreTrainedModel:

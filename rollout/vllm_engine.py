@@ -58,7 +58,7 @@ class VLLMEngine(Lifecycle):
         max_sequences: sequences that run at once; by default 256 on a GPU, 64 on the CPU.
         kv_cache_bytes: size of the KV cache; by default from what is free and what `max_sequences` need.
         fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
-        base: `nf4`: the projections are quantised to NF4 while they load; `auto`: as the checkpoint has them.
+        base: `nf4`, `fp4`: the projections are quantised to it while they load; `auto`: as the checkpoint has them.
         engine_kwargs: any other of `vllm.EngineArgs`' options that does not conflict with sharing.
 
     Attributes:
@@ -69,7 +69,7 @@ class VLLMEngine(Lifecycle):
 
     Raises:
         ValueError: a checkpoint that is missing, incomplete, multimodal, unknown to vLLM or quantised in a format other
-            than NF4; projections that NF4 cannot hold; a dtype or device that does not fit; options that do not
+            than NF4; projections that the base cannot hold; a dtype or device that does not fit; options that do not
             exist or conflict; too little memory for one sequence.
         RuntimeError: vLLM is not installed, or lacks names that are used; another engine is open in this process.
     """

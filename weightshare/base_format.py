@@ -1,21 +1,22 @@
-"""In which format the projections of a base are held: as the checkpoint has them, or quantised to NF4 as they load."""
+"""In which format the projections of a base are held: as the checkpoint has them, or quantised as they load."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.nf4 import check_in_features
+from ..kernels import fp4, nf4
 
-BASES = ("auto", "nf4")
+BASES = ("auto", "nf4", "fp4")
+_CHECKS = {"nf4": nf4.check_in_features, "fp4": fp4.check_in_features}
 SUPPORTED = (
-    "Supported are unquantised checkpoints, with base='nf4' to quantise them while they load, and bitsandbytes' NF4 "
-    "with nested scales (bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
+    "Supported are unquantised checkpoints, with base='nf4' or 'fp4' to quantise them while they load, and "
+    "bitsandbytes' NF4 with nested scales (bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
 )
 
 
 @dataclass(frozen=True)
 class BaseFormat:
-    """`dense` or `nf4`; embedding, head and norms are dense in both.
+    """`dense`, `nf4` or `fp4`; embedding, head and norms are dense in both.
 
     Attributes:
         name: the format.
@@ -26,34 +27,45 @@ class BaseFormat:
     name: str
     only: frozenset[str] | None = None
 
-    def is_nf4(self, part_names: Iterable[str]) -> bool:
-        """Whether the fused projection of these parts is held in NF4."""
-        return self.name == "nf4" and (self.only is None or self.only.issuperset(part_names))
+    def of(self, part_names: Iterable[str]) -> str:
+        """How the fused projection of these parts is held: `dense`, `nf4` or `fp4`."""
+        return self.name if self.only is None or self.only.issuperset(part_names) else DENSE.name
 
     def check(self, projections: Iterable[tuple[Iterable[str], int]]) -> None:
-        """Raise ValueError for a projection (its parts' names, inputs) that NF4 cannot hold."""
+        """Raise ValueError for a projection (its parts' names, inputs) that cannot be held so."""
         for part_names, in_features in projections:
             names = list(part_names)
-            if self.is_nf4(names):
-                check_in_features(in_features, f"{names[0]}.weight")
+            check = _CHECKS.get(self.of(names))
+            if check is not None:
+                check(in_features, f"{names[0]}.weight")
 
 
 DENSE = BaseFormat("dense")
 NF4 = BaseFormat("nf4")
+FP4 = BaseFormat("fp4")
 
 
 def base_format(base: str, stored: Collection[str]) -> BaseFormat:
     """The format to load into.
 
     Args:
-        base: `auto`: as the checkpoint is; `nf4`: NF4, but for what a quantised checkpoint leaves dense on purpose.
+        base: `auto`: as the checkpoint is; `nf4`: NF4, but for what a quantised checkpoint leaves dense on purpose;
+            `fp4`: FP4.
         stored: names of the projections that the checkpoint has in NF4 (`bnb_checkpoint.nf4_projections`).
+
+    Raises:
+        ValueError: an unknown `base`; FP4 of a checkpoint that is quantised already.
     """
     if base not in BASES:
-        raise ValueError(f"base={base!r}: choose {' or '.join(BASES)}")
+        raise ValueError(f"base={base!r}: choose {', '.join(BASES[:-1])} or {BASES[-1]}")
+    if stored and base == FP4.name:
+        raise ValueError(
+            "base='fp4', but the checkpoint is quantised to NF4, and would lose a second time: set base='auto', or "
+            "give the unquantised checkpoint"
+        )
     if stored:
         return BaseFormat("nf4", frozenset(stored))
-    return NF4 if base == "nf4" else DENSE
+    return {"nf4": NF4, "fp4": FP4}.get(base, DENSE)
 
 
 def check_quantization(config: dict[str, Any], where: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.nf4 import NF4Tensor, dequantize
 from .base_format import SUPPORTED, BaseFormat, base_format, check_quantization
-from .nf4_weight import NF4Weight
+from .storage import DenseWeight
 from .weights import EMBEDDING, HEAD, ModelLayout, SharedWeights
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -180,7 +180,7 @@ class Destination:
     Attributes:
         shape: its dense shape.
         write_dense, write_nf4: write it there; NF4 into a vector: None.
-        quantises: whether it is NF4 there.
+        quantises: whether it is in 4 bits there.
     """
 
     shape: tuple[int, ...]
@@ -221,7 +221,7 @@ def destinations(weights: SharedWeights) -> dict[str, Destination]:
                 (rows, linear.weight.in_features),
                 partial(linear.weight.load_rows, part.start),
                 partial(linear.weight.load_nf4, part.start),
-                quantises=isinstance(linear.weight, NF4Weight),
+                quantises=not isinstance(linear.weight, DenseWeight),
             )
             if linear.bias is not None:
                 found[f"{name}.bias"] = _of_tensor(linear.bias[part.start : part.stop])

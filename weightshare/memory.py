@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..kernels.nf4 import BLOCK
-from .base_format import NF4, BaseFormat
+from .base_format import DENSE, NF4, BaseFormat
 from .weights import ModelLayout
 
 GIB = 2**30
@@ -110,8 +110,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def nf4_saves(layout: ModelLayout, dtype: torch.dtype, base: BaseFormat) -> int:
-    """Bytes that base='nf4' would save, 0 where it is set or the model cannot be held so."""
-    if base.name == NF4.name or any(spec.in_features % BLOCK for spec in layout.linears):
+    """Bytes that base='nf4' would save, 0 where a 4-bit base is set or the model cannot be held so."""
+    if base.name != DENSE.name or any(spec.in_features % BLOCK for spec in layout.linears):
         return 0
     return layout.nbytes(dtype, base) - layout.nbytes(dtype, NF4)
 

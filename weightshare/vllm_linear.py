@@ -1,4 +1,4 @@
-"""What vLLM calls for each layer: our linears, dense and NF4; an embedding and a head that stay as they are loaded."""
+"""What vLLM calls for each layer: our linears, dense and in 4 bits; an embedding and a head that stay as loaded."""
 
 from typing import Any
 
@@ -9,8 +9,10 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..kernels.fp4_linear import fp4_linear
 from ..kernels.lora_linear import lora_linear
 from ..kernels.nf4_linear import nf4_linear
+from .fp4_weight import FP4Weight
 from .guard import SLOT_A, SLOT_B
 from .nf4_weight import NF4Weight
 from .storage import DenseWeight, WeightStorage
@@ -52,8 +54,10 @@ class SharedLinearMethod(LinearMethodBase):
         )
 
 
-class NF4LinearMethod(SharedLinearMethod):
-    """A linear in NF4 and its LoRA slot. Its projections are quantised one by one by our loader, not by vLLM's."""
+class QuantizedLinearMethod(SharedLinearMethod):
+    """A linear in 4 bits and its LoRA slot. Its projections are quantised one by one by our loader, not by vLLM's."""
+
+    storage_type: type[NF4Weight] | type[FP4Weight]
 
     def create_weights(
         self,
@@ -65,10 +69,12 @@ class NF4LinearMethod(SharedLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Make the tensors of an `NF4Weight` parameters of the layer; on vLLM's current device."""
+        """Make the tensors of a `storage_type` parameters of the layer; on vLLM's current device."""
         device = torch.empty(0).device
-        layer.nf4_weight = NF4Weight(output_partition_sizes, input_size_per_partition, params_dtype, device)
-        for name, tensor in layer.nf4_weight.tensors().items():
+        layer.quantized_weight = self.storage_type(
+            output_partition_sizes, input_size_per_partition, params_dtype, device
+        )
+        for name, tensor in layer.quantized_weight.tensors().items():
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         layer.part_rows = list(output_partition_sizes)
         layer.lora_offsets = None
@@ -76,8 +82,14 @@ class NF4LinearMethod(SharedLinearMethod):
             layer.register_buffer(name, None, persistent=False)
 
     def storage(self, layer: Any) -> WeightStorage:
-        weight: NF4Weight = layer.nf4_weight
+        weight: WeightStorage = layer.quantized_weight
         return weight
+
+
+class NF4LinearMethod(QuantizedLinearMethod):
+    """A linear in NF4."""
+
+    storage_type = NF4Weight
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nf4_linear(
@@ -87,6 +99,24 @@ class NF4LinearMethod(SharedLinearMethod):
             layer.nf4_group_scales,
             layer.nf4_group_start,
             layer.nf4_offset,
+            bias,
+            layer.lora_slot_a,
+            layer.lora_slot_b,
+            layer.lora_offsets,
+        )
+
+
+class FP4LinearMethod(QuantizedLinearMethod):
+    """A linear in FP4."""
+
+    storage_type = FP4Weight
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return fp4_linear(
+            x,
+            layer.fp4_codes,
+            layer.fp4_scale_codes,
+            layer.fp4_row_scales,
             bias,
             layer.lora_slot_a,
             layer.lora_slot_b,

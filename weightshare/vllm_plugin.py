@@ -29,14 +29,16 @@ from ..kernels.nf4 import NF4Tensor
 from .adapter import Adapter
 from .base_format import BaseFormat
 from .bnb_checkpoint import assemble
+from .fp4_weight import FP4Weight
 from .linear import SharedLinear
 from .loading import HARMLESS, NAMES_SHOWN, dense, destinations, same_values
 from .nf4_weight import NF4Weight
 from .storage import DenseWeight
-from .vllm_linear import NF4LinearMethod, SharedEmbeddingMethod, SharedLinearMethod
+from .vllm_linear import FP4LinearMethod, NF4LinearMethod, SharedEmbeddingMethod, SharedLinearMethod
 from .weights import HEAD, LinearLayout, ModelLayout, SharedWeights
 
 NAME = "colora"  # of the quantization method and of the load format
+LINEAR_METHODS = {"dense": SharedLinearMethod, "nf4": NF4LinearMethod, "fp4": FP4LinearMethod}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -73,7 +75,7 @@ class SharedConfig(QuantizationConfig):
             parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(own_name, [own_name])]
             base = _SESSION.get().base
             base.check([(parts, layer.input_size)])
-            return NF4LinearMethod() if base.is_nf4(parts) else SharedLinearMethod()
+            return LINEAR_METHODS[base.of(parts)]()
         if isinstance(layer, VocabParallelEmbedding):  # the head is one as well
             return SharedEmbeddingMethod()
         return None
@@ -127,8 +129,8 @@ class SharingSession:
 def _stack_beneath(model: nn.Module, linear: SharedLinear, shape: tuple[int, int]) -> Tensor:
     """Move a dense projection's weight into a matrix with room for its stacked A beneath, and return that room.
 
-    One product with the whole matrix then gives base and x A^T (kernels.lora_up). An NF4 projection stays: its A has
-    memory of its own.
+    One product with the whole matrix then gives base and x A^T (kernels.lora_up). A quantised projection stays: its A
+    has memory of its own.
     """
     if not isinstance(linear.weight, DenseWeight):
         return torch.zeros(shape, dtype=linear.weight.dtype, device=linear.weight.device)
@@ -205,13 +207,17 @@ class SharedModelLoader(DefaultModelLoader):
 
 
 def _tune_products(weights: SharedWeights) -> None:
-    """Measure which NF4 kernel suits this GPU, once for each shape: later they are captured in graphs."""
-    nf4 = [linear.weight for linear in weights.linears.values() if isinstance(linear.weight, NF4Weight)]
-    if nf4 and weights.device.type == "cuda" and weights.dtype.itemsize == 2:
-        from ..kernels.nf4_tuning import tune_unknown  # where there is a GPU there is Triton
+    """Measure which 4-bit kernel suits this GPU, once for each shape: later they are captured in graphs."""
+    if weights.device.type != "cuda" or weights.dtype.itemsize != 2:
+        return
+    from ..kernels import fp4_tuning, nf4_tuning  # where there is a GPU there is Triton
 
-        shapes = dict.fromkeys((weight.out_features, weight.in_features) for weight in nf4)
-        tune_unknown(shapes, weights.dtype, weights.device)
+    storages = [linear.weight for linear in weights.linears.values()]
+    for kind, tuning in ((NF4Weight, nf4_tuning), (FP4Weight, fp4_tuning)):
+        quantised = [weight for weight in storages if isinstance(weight, kind)]
+        shapes = dict.fromkeys((weight.out_features, weight.in_features) for weight in quantised)
+        if shapes:
+            tuning.tune_unknown(shapes, weights.dtype, weights.device)
 
 
 def shared_weights(model: nn.Module) -> SharedWeights:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .base_format import DENSE, BaseFormat
+from .fp4_weight import FP4Weight
 from .linear import OutputPart, SharedLinear
 from .nf4_weight import NF4Weight
 from .storage import DenseWeight, WeightStorage
@@ -87,8 +88,11 @@ class SharedWeights:
         linears = {}
         for spec in layout.linears:
             weight: WeightStorage
-            if base.is_nf4(spec.part_names()):
-                weight = NF4Weight([rows for _, rows in spec.parts], spec.in_features, dtype, device)
+            kind, part_rows = base.of(spec.part_names()), [rows for _, rows in spec.parts]
+            if kind == "nf4":
+                weight = NF4Weight(part_rows, spec.in_features, dtype, device)
+            elif kind == "fp4":
+                weight = FP4Weight(part_rows, spec.in_features, dtype, device)
             else:
                 weight = DenseWeight.empty(spec.out_features, spec.in_features, dtype, device)
             bias = torch.empty(spec.out_features, dtype=dtype, device=device) if spec.bias else None
@@ -122,8 +126,9 @@ class SharedWeights:
 
     @property
     def base(self) -> str:
-        """`nf4` where a projection is held so, else `dense`."""
-        return "nf4" if any(isinstance(linear.weight, NF4Weight) for linear in self.linears.values()) else "dense"
+        """`nf4` or `fp4` where a projection is held so, else `dense`."""
+        kinds = {type(linear.weight) for linear in self.linears.values()}
+        return "fp4" if FP4Weight in kinds else "nf4" if NF4Weight in kinds else "dense"
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The dense shape of every parameter of the checkpoint, by Hugging Face name."""

@@ -119,7 +119,7 @@ def test_an_option_of_a_later_trl_is_refused_off_its_default(monkeypatch):
         ({"bf16": True, "fp16": True}, "bf16=True and fp16=True contradict each other: set `dtype` alone"),
         ({"dtype": "float32", "bf16": True}, "dtype='float32' and bf16=True contradict each other"),
         ({"dtype": "int8"}, "dtype='int8': choose auto or float32 or bfloat16 or float16"),
-        ({"base": "int4"}, "base='int4': choose auto or nf4"),
+        ({"base": "int4"}, "base='int4': choose auto or nf4 or fp4"),
         ({"device": "tpu"}, "device='tpu': give cpu or cuda"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"optim": "lomo"}, "optim='lomo' updates inside the backward pass"),

@@ -103,7 +103,7 @@ def test_values_that_are_not_finite_are_named() -> None:
 
 
 def test_an_unknown_base_is_refused() -> None:
-    with pytest.raises(ValueError, match="base='int4': choose auto or nf4"):
+    with pytest.raises(ValueError, match="base='int4': choose auto, nf4 or fp4"):
         load(tiny_llama(), base="int4")
 
 

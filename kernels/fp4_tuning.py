@@ -1,0 +1,76 @@
+"""Which `Config` the FP4 product of few rows uses; see `few_rows_tuning`."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+import triton
+
+from .few_rows_tuning import Shape, Tuning
+from .fp4 import CHUNK, FP4Tensor, empty
+from .fp4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_chunks
+
+# Outs, warps, groups, chunks and buffers of the programs worth measuring, by rows; each is compiled where it is.
+_KINDS: dict[int, list[tuple[int, int, int, int, int]]] = {
+    8: [(128, 4, 1, 2, 4), (64, 4, 1, 4, 3), (64, 4, 2, 2, 4), (32, 4, 2, 4, 3), (32, 4, 4, 2, 3)],
+    16: [(128, 4, 1, 2, 4), (64, 4, 1, 4, 3), (64, 4, 2, 2, 4), (32, 4, 2, 4, 3)],
+    32: [(128, 4, 1, 2, 3), (64, 4, 1, 4, 2), (64, 4, 2, 2, 3)],
+    MAX_ROWS: [(128, 4, 1, 2, 2), (64, 4, 1, 2, 3), (128, 4, 1, 1, 4)],
+}
+_SPLITS = 4  # numbers of splits to measure for each
+# Of a multiprocessor of an H200, for the estimate: warps that run at a time, weights read and decoded in a cycle, and
+# the cycles that a program and one more range of columns cost.
+_RESIDENT_WARPS, _WEIGHTS_A_CYCLE, _WEIGHTS_A_CYCLE_AND_WARP = 16, 30.0, 3.0
+_CYCLES_AROUND, _CYCLES_A_SPLIT = 3000, 100
+
+
+def candidates(shape: Shape, rows: int, processors: int) -> list[Config]:
+    """Of each kind of program the splits with the best estimates."""
+    kinds = [Config(*kind, 1) for kind in _KINDS[rows]]
+    return [config for kind in kinds for config in _estimated(shape, kind, processors)[:_SPLITS]]
+
+
+def _estimated(shape: Shape, kind: Config, processors: int) -> list[Config]:
+    """The kind with every number of splits that differs, the fastest by a rough estimate first.
+
+    The multiprocessor with the most programs is the last, so their number should be little below a multiple of
+    `processors`. Each needs its time before the first weight and after the last; fewer warps are less busy.
+    """
+    chunks = step_chunks(shape[1], kind.chunks)
+    steps, tiles = max(1, shape[1] // CHUNK // chunks), triton.cdiv(shape[0], kind.outs)
+
+    def cycles(splits: int) -> float:
+        programs = triton.cdiv(tiles * splits, processors)
+        rounds = triton.cdiv(programs * kind.warps, _RESIDENT_WARPS)
+        group_steps = triton.cdiv(triton.cdiv(steps, splits), kind.groups)
+        weights = programs * group_steps * kind.groups * chunks * CHUNK * kind.outs
+        rate = min(_WEIGHTS_A_CYCLE, _WEIGHTS_A_CYCLE_AND_WARP * programs * kind.warps)
+        return float(rounds * _CYCLES_AROUND + weights / rate + _CYCLES_A_SPLIT * splits)
+
+    most = max(1, steps // kind.groups)
+    different = {triton.cdiv(steps, triton.cdiv(steps, wanted)) for wanted in range(1, most + 1)}
+    return [replace(kind, splits=splits) for splits in sorted(different, key=lambda splits: (cycles(splits), splits))]
+
+
+def _random_matrix(shape: Shape, device: torch.device) -> tuple[FP4Tensor, int]:
+    fp4 = empty(*shape, device)
+    fp4.codes.random_(0, 256)
+    fp4.scale_codes.random_(200, 256)
+    fp4.row_scales.fill_(2.0**-8)
+    return fp4, fp4.nbytes
+
+
+TUNING = Tuning(
+    "fp4", Config, list(_KINDS), candidates, _random_matrix, lambda x, fp4, config: launch(x, fp4, None, config)
+)
+
+
+def chosen(device: torch.device, shape: Shape, rows: int) -> Config:
+    """The config for a matrix of this shape and `rows` rows of x."""
+    return TUNING.chosen(device, shape, rows_of_program(rows))
+
+
+def tune_unknown(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
+    """Measure the shapes of which nothing is known yet; in bf16, which alone the kernel multiplies."""
+    if dtype == torch.bfloat16:
+        TUNING.tune_unknown(shapes, dtype, device)
