@@ -27,7 +27,8 @@ class Config:
 
     Attributes:
         outs: rows of W of a program.
-        warps: of a program, at least a sixteenth of `outs`.
+        warps: of a program.
+        sharing: warps that have the same rows of W, at least 16, and different columns of a step.
         blocks: of 64 columns that a step loads and multiplies, at most 4.
         buffers: steps whose codes are in shared memory or on their way to it.
         registers: of a thread, at most, so that more programs run at a time; None for as many as it takes.
@@ -36,6 +37,7 @@ class Config:
 
     outs: int
     warps: int
+    sharing: int
     blocks: int
     buffers: int
     registers: int | None
@@ -106,6 +108,8 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
     if tiles > _COUNTERS:
         raise ValueError(f"{out_features} outputs are too many for one launch")
     blocks = step_blocks(in_features, config.blocks)
+    sharing = min(config.sharing, blocks)
+    warps = min(config.warps, config.outs // 16 * sharing)
     steps = row_blocks // blocks
     split_steps = min(triton.cdiv(steps, config.splits), _COLUMNS // BLOCK // blocks)
     splits = triton.cdiv(steps, split_steps)
@@ -121,11 +125,10 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
         decoding_tables(x.device), bias, u, x if adapter is None else adapter.b, out, partial, arrived[1],
         rows, out_features, x.stride(0), in_features // 2, row_blocks // word, steps, split_steps, ranks,
         *parts, *[0] * (4 * MAX_PARTS - len(parts)),
-        ROWS=block_rows, OUTS=config.outs, WORD=word, BLOCKS=blocks, WARPS=config.warps,
+        ROWS=block_rows, OUTS=config.outs, WORD=word, BLOCKS=blocks, WARPS=warps, SHARING=sharing,
         ADAPTED=adapter is not None, RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        HAS_BIAS=bias is not None, PLAIN=not x.is_cuda, AHEAD=ahead, launch_pdl=ahead,
-        num_warps=config.warps, num_stages=config.buffers + 1, maxnreg=config.registers,
-        enable_fp_fusion=False,
+        HAS_BIAS=bias is not None, PLAIN=not x.is_cuda, AHEAD=ahead, launch_pdl=ahead, num_warps=warps,
+        num_stages=config.buffers + 1, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

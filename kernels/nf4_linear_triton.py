@@ -1,12 +1,13 @@
 """x W^T + bias + (x A^T) B^T for few rows of x and W in NF4: a kernel for x A^T, a small one, and one for the rest.
 
 The weights are the M side of the tensor cores' product, decoded in registers in the layout in which the cores take
-them; x, a few rows, is its N side. Each warp multiplies rows of W of its own (a batched product), so that no two warps
-decode the same weights. A program takes a tile of rows of W and, where there would be too few programs, one of several
-ranges of columns; whichever program of a tile finishes last adds the ranges up, in their order: the result does not
-depend on who that was. What limits it is the unit of shuffles, shared memory and L1: a weight takes a lane of a
-shuffle, so everything else there has to be rare. Hence steps of several blocks, of which a row's codes are one line of
-the cache, and scales that go through registers.
+them; x, a few rows, is its N side. Each warp multiplies weights of its own (a batched product), so that no two warps
+decode the same; SHARING of them have the same rows of W, each other columns of a step, and are added up at the end, in
+shared memory: a warp has more rows for each x that it reads, and fewer programs have to be added up. A program takes a
+tile of rows of W and, where there would be too few programs, one of several ranges of columns; whichever program of a
+tile finishes last adds the ranges up, in their order: the result does not depend on who that was. What limits it is the
+unit of shuffles, shared memory and L1: a weight takes a lane of a shuffle, so everything else there has to be rare.
+Hence steps of several blocks, of which a row's codes are one line of the cache, and scales that go through registers.
 
 Where the GPU can start a kernel before the one ahead of it has ended (AHEAD, Hopper's programmatic dependent launch),
 the first kernel of a product prefetches what nobody writes and waits for all that is ahead of it. Only then it lets the
@@ -46,16 +47,20 @@ def _base_sum(  # type: ignore[no-untyped-def]
     x, codes, scale_words, group_scales, group_start, offset, tables, weight_row, rows, x_stride, row_bytes, row_words,
     first, last,
     ROWS: tl.constexpr, OUTS: tl.constexpr, WORD: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
-    PLAIN: tl.constexpr,
+    SHARING: tl.constexpr, WAITS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks.
 
-    The scales of a step are looked up a step ahead, their codes two: loads of them would depend on each other.
+    The scales of a step are looked up a step ahead, their codes two: loads of them would depend on each other. Tiles of
+    x are of 32 columns: threads read 16 adjacent bytes of them, of two rows 128, and no two from one bank.
     """
     STEPS: tl.constexpr = WORD // BLOCKS  # in a word of scale codes
+    OWNERS: tl.constexpr = WARPS // SHARING  # of different rows of W
+    K: tl.constexpr = 32 * BLOCKS // SHARING  # that a warp multiplies at a time
     k, of_step = tl.arange(0, 32 * BLOCKS), tl.arange(0, BLOCKS)
-    column = k // 32 * 64 + k % 32  # of the low nibbles; those of the high ones are 32 further on
-    x_at = x + tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None] * x_stride + column[None, :]
+    of_tile = tl.arange(0, BLOCKS * ROWS)
+    x_at = x + (tl.minimum(of_tile % ROWS, rows - 1) * x_stride + of_tile // ROWS * 64)[:, None]
+    x_at += tl.arange(0, 32)[None, :]  # the columns of the low nibbles; those of the high ones are 32 further on
     codes_at = codes + weight_row[:, None].to(tl.int64) * row_bytes + k[None, :]
     words_at = scale_words + weight_row.to(tl.int64) * row_words
     word = tl.load(words_at + first // STEPS)
@@ -68,7 +73,9 @@ def _base_sum(  # type: ignore[no-untyped-def]
     first_group = (start + first * BLOCKS) >> 8
     group_scale = tl.load(group_scales + first_group)
     next_scale = tl.load(group_scales + ((start + last * BLOCKS - 1) >> 8))
-    total = tl.zeros((WARPS, OUTS // WARPS, ROWS), tl.float32)
+    if WAITS:  # for x; nobody writes the rest
+        gdc_wait()
+    total = tl.zeros((WARPS, OUTS // OWNERS, ROWS), tl.float32)
     for step in range(first, last):
         in_first = (start + step * BLOCKS) >> 8 == first_group  # a step's blocks are of one group
         absmax = scale * tl.where(in_first, group_scale, next_scale)[:, None] + mean[:, None]
@@ -78,10 +85,14 @@ def _base_sum(  # type: ignore[no-untyped-def]
         absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, BLOCKS, 32)), (OUTS, 32 * BLOCKS))
         low, high = decode_halves(tl.load(codes_at + step * BLOCKS * 32), absmax, tables, x.dtype.element_ty, PLAIN)
         for half in tl.static_range(2):
-            weight = tl.reshape(high if half else low, (WARPS, OUTS // WARPS, 32 * BLOCKS))
-            some = tl.trans(tl.load(x_at + step * BLOCKS * 64 + half * 32))
-            some = tl.broadcast_to(some[None], (WARPS, 32 * BLOCKS, ROWS))
+            weight = tl.reshape(high if half else low, (OWNERS, OUTS // OWNERS, SHARING, K))
+            weight = tl.reshape(tl.permute(weight, (0, 2, 1, 3)), (WARPS, OUTS // OWNERS, K))
+            some = tl.reshape(tl.load(x_at + step * BLOCKS * 64 + half * 32), (BLOCKS, ROWS, 8, 2, 2))
+            some = tl.reshape(tl.permute(some, (0, 3, 2, 4, 1)), (1, SHARING, K, ROWS))  # the columns as the codes'
+            some = tl.reshape(tl.broadcast_to(some, (OWNERS, SHARING, K, ROWS)), (WARPS, K, ROWS))
             total = tl.dot(weight, some, total, input_precision="ieee")
+    if SHARING > 1:
+        total = tl.sum(tl.reshape(total, (OWNERS, SHARING, OUTS // OWNERS, ROWS)), 1)
     return tl.reshape(total, (OUTS, ROWS))
 
 
@@ -123,9 +134,10 @@ def _with_adapter(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_of_splits(total, partial, arrived, split, splits, at, size, there):  # type: ignore[no-untyped-def]
-    """(whether this program is the last of its tile, and then the sum of all splits, in their order)."""
-    AT_ONCE: tl.constexpr = 8 if total.shape[1] <= 16 else 4  # loads; more would not fit into the registers
+def _sum_of_splits(  # type: ignore[no-untyped-def]
+    total, partial, arrived, split, splits, at, size, there, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """(whether this program is the last of its tile, and then the sum of all splits, in their order), AT_ONCE loads."""
     tl.store(partial + split * size + at, total, mask=there)
     tl.debug_barrier()
     last = tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1
@@ -161,8 +173,8 @@ def nf4_linear_down_kernel(  # type: ignore[no-untyped-def]
     there = (row < rows)[None, :] & (rank < ranks)[:, None]
     arrived = counters + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     last, total = _sum_of_splits(
-        total, partial, arrived, tl.program_id(0), tl.num_programs(0), at, rows * ranks, there
-    )  # fmt: skip
+        total, partial, arrived, tl.program_id(0), tl.num_programs(0), at, rows * ranks, there, AT_ONCE=16
+    )
     if last:
         tl.store(u + at, total.to(u.dtype.element_ty), mask=there)
 
@@ -176,7 +188,7 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
     rows, out_features, x_stride, row_bytes, row_words, row_steps, split_steps, ranks,
     start0, stop0, a0, b0, start1, stop1, a1, b1, start2, stop2, a2, b2,
     ROWS: tl.constexpr, OUTS: tl.constexpr, WORD: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
-    ADAPTED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SHARING: tl.constexpr, ADAPTED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr,
     PLAIN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """x W^T + bias + u B^T: programs of OUTS rows of W and split_steps steps, of which the last adds them up."""
@@ -185,21 +197,20 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
     weight_row = tl.minimum(n, out_features - 1)
     first = split * split_steps
     last = tl.minimum(first + split_steps, row_steps)
+    WAITS: tl.constexpr = AHEAD and not ADAPTED  # before it multiplies, not just for u
     if AHEAD:
         gdc_launch_dependents()
         row_at = weight_row.to(tl.int64)
         for line in tl.static_range(2):
             byte = tl.minimum(first * BLOCKS * 32 + line * 128, last * BLOCKS * 32 - 1)
             _fetch(codes + row_at * row_bytes + byte)
-        if not ADAPTED:
-            _fetch(scale_words + row_at * row_words + first * BLOCKS // WORD)
-            gdc_wait()
-        elif ROWS * BLOCKS < 8 * WARPS:  # less than 16 bytes of x a thread, which go through the L1 cache
+        # Less than 16 bytes of x a thread go through the L1 cache.
+        if not WAITS and ROWS * BLOCKS < 8 * WARPS:
             _empty_l1()
     prepare_decoding(PLAIN)
     total = _base_sum(
         x, codes, scale_words, group_scales, group_start, offset, tables, weight_row, rows, x_stride, row_bytes,
-        row_words, first, last, ROWS, OUTS, WORD, BLOCKS, WARPS, PLAIN,
+        row_words, first, last, ROWS, OUTS, WORD, BLOCKS, WARPS, SHARING, WAITS, PLAIN,
     )  # fmt: skip
     if split == 0:
         if HAS_BIAS:
@@ -214,6 +225,8 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
     finishes = splits == 1
     if splits > 1:
         size = rows.to(tl.int64) * out_features
-        finishes, total = _sum_of_splits(total, partial, counters + tile, split, splits, at, size, there)
+        A_THREAD: tl.constexpr = OUTS * ROWS // (32 * WARPS)
+        AT_ONCE: tl.constexpr = 8 if A_THREAD <= 8 else (4 if A_THREAD <= 16 else 2)  # more would need more registers
+        finishes, total = _sum_of_splits(total, partial, counters + tile, split, splits, at, size, there, AT_ONCE)
     if finishes:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=there)

@@ -91,7 +91,8 @@ def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexp
 def decode(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes (n, 32) of one block a row and absmax (n,) -> weights (n, 64) of dtype; see `decode_halves`."""
     low, high = decode_halves(codes, absmax[:, None], tables, dtype, PLAIN)
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (codes.shape[0], 2 * codes.shape[1]))
+    both = tl.reshape(tl.join(low, high), (codes.shape[0], 2, 8, 2, 2))
+    return tl.reshape(tl.permute(both, (0, 4, 2, 1, 3)), (codes.shape[0], 64))
 
 
 @cache
@@ -128,9 +129,10 @@ def _dequantize(  # type: ignore[no-untyped-def]
 def _quantize_blocks(weight, midpoints, codes, absmax, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = (block < blocks)[:, None]
-    half = tl.arange(0, 32)[None, :]
-    low = tl.load(weight + block[:, None] * 64 + half, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(weight + block[:, None] * 64 + 32 + half, mask=there, other=0.0).to(tl.float32)
+    byte = tl.arange(0, 32)[None, :]
+    column = byte // 2 % 8 * 4 + byte // 16 * 2 + byte % 2
+    low = tl.load(weight + block[:, None] * 64 + column, mask=there, other=0.0).to(tl.float32)
+    high = tl.load(weight + block[:, None] * 64 + 32 + column, mask=there, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     reciprocal = tl.div_rn(
         tl.full(largest.shape, 1.0, tl.float32), tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32))
@@ -141,7 +143,7 @@ def _quantize_blocks(weight, midpoints, codes, absmax, blocks, BLOCKS: tl.conste
         step = 8 >> level
         low_code += tl.where(low > tl.load(midpoints + low_code + step - 1), step, 0)
         high_code += tl.where(high > tl.load(midpoints + high_code + step - 1), step, 0)
-    tl.store(codes + block[:, None] * 32 + half, (low_code | (high_code << 4)).to(tl.uint8), mask=there)
+    tl.store(codes + block[:, None] * 32 + byte, (low_code | (high_code << 4)).to(tl.uint8), mask=there)
     tl.store(absmax + block, largest, mask=block < blocks)
 
 

@@ -25,12 +25,13 @@ from .nf4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_blocks
 Shape = tuple[int, int]  # out, in
 KNOWN = Path(__file__).with_name("nf4_configs.json")
 ROWS = (8, 16, 32, MAX_ROWS)  # what `rows_of_program` gives
-# Outs, warps, blocks, buffers and registers of the programs worth measuring, by rows; each is compiled where it is.
-_KINDS: dict[int, list[tuple[int, int, int, int, int | None]]] = {
-    8: [(128, 4, 4, 2, 128), (128, 4, 2, 2, None), (64, 2, 4, 2, 128), (64, 4, 4, 2, None)],
-    16: [(128, 4, 2, 2, None), (128, 4, 4, 2, None), (64, 4, 4, 2, None)],
-    32: [(128, 4, 2, 2, None), (128, 4, 2, 2, 128), (64, 4, 4, 2, None)],
-    64: [(64, 4, 2, 2, None), (128, 4, 1, 3, None), (128, 4, 2, 2, None)],
+# Outs, warps, warps sharing rows of W, blocks, buffers and registers of the programs worth measuring, by rows; each is
+# compiled where it is.
+_KINDS: dict[int, list[tuple[int, int, int, int, int, int | None]]] = {
+    8: [(64, 4, 2, 4, 2, None), (64, 4, 1, 4, 2, None), (128, 4, 1, 2, 2, None), (128, 4, 1, 4, 2, 128)],
+    16: [(128, 4, 1, 2, 2, None), (64, 4, 2, 4, 2, None), (64, 4, 1, 4, 2, None)],
+    32: [(128, 4, 1, 2, 2, None), (64, 4, 1, 4, 2, None), (128, 4, 1, 2, 2, 128)],
+    64: [(64, 4, 1, 4, 2, None), (128, 4, 1, 2, 2, None), (128, 4, 1, 2, 2, 168)],
 }
 _SPLITS = 4  # numbers of splits to measure for each
 # Of a multiprocessor of an H200, for the estimate: warps that run at a time, weights decoded, and what a program and

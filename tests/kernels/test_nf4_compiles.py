@@ -17,9 +17,10 @@ pytest.importorskip("triton")
 # How it is cut up; programs that the registers of a multiprocessor are to hold; bytes of shared memory: two buffers of
 # codes and of x, and the scales'.
 KERNELS = {
-    "few_rows": ({"ROWS": 8, "OUTS": 128, "WORD": 4, "BLOCKS": 2, "WARPS": 4}, 5, 22 * 2**10),
-    "one_line_of_codes_a_step": ({"ROWS": 8, "OUTS": 128, "WORD": 4, "BLOCKS": 4, "WARPS": 4}, 3, 43 * 2**10),
-    "many_rows": ({"ROWS": 64, "OUTS": 64, "WORD": 4, "BLOCKS": 2, "WARPS": 4}, 3, 42 * 2**10),
+    "few_rows": ({"ROWS": 8, "OUTS": 128, "BLOCKS": 2, "WARPS": 4, "SHARING": 1}, 5, 22 * 2**10),
+    "one_line_of_codes_a_step": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 4, "WARPS": 4, "SHARING": 1}, 5, 26 * 2**10),
+    "warps_that_share_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "WARPS": 4, "SHARING": 2}, 3, 51 * 2**10),
+    "many_rows": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 2, "WARPS": 4, "SHARING": 2}, 3, 42 * 2**10),
 }
 # A process of its own: here Triton's functions may be the interpreter's.
 COMPILE = """
@@ -31,7 +32,8 @@ from triton.compiler import ASTSource
 from colora.kernels.nf4_linear_triton import nf4_linear_kernel as kernel
 
 sizes = json.loads(sys.argv[1])
-constants = sizes | {"ADAPTED": True, "RANK": 16, "BLOCK_R": 16, "HAS_BIAS": True, "PLAIN": False, "AHEAD": True}
+constants = sizes | {"WORD": 4, "ADAPTED": True, "RANK": 16, "BLOCK_R": 16, "HAS_BIAS": True}
+constants |= {"PLAIN": False, "AHEAD": True}
 pointers = dict.fromkeys(["x", "bias", "u", "b", "out"], "*bf16")
 pointers |= dict.fromkeys(["group_scales", "offset", "tables", "partial"], "*fp32")
 pointers |= {"codes": "*u8", "scale_words": "*i32", "group_start": "*i32", "counters": "*i32"}

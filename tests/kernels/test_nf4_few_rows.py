@@ -91,7 +91,7 @@ def exact(case: Case, given: Operands) -> Tensor:
 def run(case: Case, given: Operands, **changes: object) -> Tensor:
     from colora.kernels.nf4_few_rows import Adapter, Config, launch
 
-    config = replace(Config(outs=64, warps=4, blocks=4, buffers=2, registers=None, splits=1), **changes)  # type: ignore[arg-type]
+    config = replace(Config(outs=64, warps=4, sharing=1, blocks=4, buffers=2, registers=None, splits=1), **changes)  # type: ignore[arg-type]
     adapter = Adapter(given.a, given.b, case.parts) if case.parts else None
     return launch(given.x, given.weight, given.bias, adapter, config)
 
@@ -111,7 +111,16 @@ def test_equals_the_decoded_weights(case: Case, splits: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"blocks": 1}, {"blocks": 2, "splits": 2}, {"outs": 128}, {"warps": 2, "registers": 128}], ids=str
+    "changes",
+    [
+        {"blocks": 1},
+        {"blocks": 2, "splits": 2},
+        {"outs": 128},
+        {"warps": 2, "registers": 128},
+        {"sharing": 2},
+        {"outs": 32, "sharing": 4},
+    ],
+    ids=str,
 )
 def test_other_ways_to_cut_it_up(changes: dict[str, object]) -> None:
     case = CASES["qkv"]

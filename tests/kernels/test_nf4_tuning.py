@@ -17,7 +17,7 @@ from colora.kernels.nf4_few_rows import Config
 
 SHAPE, GPU = (6144, 2560), "A GPU"
 DEVICE = torch.device("cuda", 0)
-FIELDS = {"outs": 64, "warps": 4, "blocks": 4, "buffers": 2, "registers": None, "splits": 5}
+FIELDS = {"outs": 64, "warps": 4, "sharing": 1, "blocks": 4, "buffers": 2, "registers": None, "splits": 5}
 
 
 class _Properties:
