@@ -70,7 +70,7 @@ WAYS = {
     "plain": {},
     "splits": {"splits": 3},
     "groups": {"outs": 32, "groups": 2},
-    "groups_of_one_warp_and_splits": {"outs": 16, "groups": 4, "splits": 2, "buffers": 2},
+    "groups_of_one_warp_and_splits": {"outs": 16, "groups": 4, "splits": 2, "chunks": 2},
     "few_chunks": {"chunks": 1, "warps": 2},
     "one_warp": {"outs": 16, "warps": 1},
 }
