@@ -5,9 +5,8 @@ gives the base output y and u = x A^T together. What is left is to add u_p B_p^T
 two launches for base and adapter instead of two and one for each part, and in decoding, where a launch costs as much
 as a small product, that is most of the adapter's price.
 
-On Hopper and later, where the rows are few, the kernel is launched while the product still runs (programmatic dependent
-launch): it computes its indices, fetches B, and then waits for the product to be complete. CUDA graphs keep that. With
-more rows it was measured to be slower that way.
+It is not launched while the product still runs (programmatic dependent launch): projections one after the other gain by
+that, but a whole engine, where other kernels come in between, does not (benchmarks/decode.py).
 
 Bytes: y read and written once, B and u read once. Error: u and y are rounded to the compute dtype by the product; the
 sum is made in fp32 and rounded once.
@@ -15,21 +14,18 @@ sum is made in fp32 and rounded once.
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 MAX_PARTS = 3  # q, k, v
 BLOCK_N = 64
 PART_ALIGNMENT = BLOCK_N  # a tile of columns lies in one part
 # Up to so many rows of x: rows of a program and its warps. Measured on an H200 with 8, 32 and 128 rows, rank 16 and the
 # projections of a 4B model.
-PROGRAMS = ((16, 16, 4), (64, 16, 2), (256, 32, 4), (math.inf, 64, 4))
-EARLY_ROWS = 64  # up to here the kernel is launched early
+PROGRAMS = ((16, 16, 2), (32, 32, 2), (256, 32, 4), (math.inf, 64, 4))
 
 
 @triton.jit
@@ -37,7 +33,6 @@ def _lora_up(  # type: ignore[no-untyped-def]
     stacked, bias, b, out, rows, out_features, stacked_stride,
     out0, stop0, a0, b0, out1, stop1, a1, b1, out2, stop2, a2, b2,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
     in0 = (first >= out0) & (first < stop0)
@@ -56,8 +51,6 @@ def _lora_up(  # type: ignore[no-untyped-def]
         up = tl.load(up_at, mask=in_columns & adapted, other=0.0)
     else:
         up = tl.load(up_at, mask=in_columns & adapted & (r < RANK)[:, None], other=0.0)
-    if EARLY:
-        gdc_wait()  # what follows reads the product; B was written long before it
     base = tl.load(row_at + (first + n)[None, :], mask=in_rows & in_columns, other=0.0)
     down = tl.load(
         row_at + out_features + a_start + r[None, :], mask=in_rows & (r < RANK)[None, :] & adapted, other=0.0
@@ -104,15 +97,9 @@ def lora_up(
         there = part < len(out_starts)
         parts += [out_starts[part], out_stops[part], a_starts[part], b_starts[part]] if there else [0, 0, 0, 0]
     block_m, warps = next((block_m, warps) for most, block_m, warps in PROGRAMS if rows <= most)
-    early = rows <= EARLY_ROWS and _can_launch_early(stacked.device)
     _lora_up[(triton.cdiv(out_features, BLOCK_N), triton.cdiv(rows, block_m))](
         stacked, bias, b, out, rows, out_features, stacked.stride(0), *parts,
         RANK=rank, HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
-        BLOCK_R=max(16, triton.next_power_of_2(rank)), EARLY=early, launch_pdl=early, num_warps=warps,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=warps,
     )  # fmt: skip
     return out
-
-
-@cache
-def _can_launch_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

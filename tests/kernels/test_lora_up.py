@@ -36,7 +36,7 @@ CASES = {
     "one_of_two_parts": Case(1, (128, 128), 256, 8, (1,)),
     "q_and_v": Case(33, (128, 64, 64), 64, 32, (0, 2)),
     "odd_rank": Case(17, (64, 64), 64, 5, (0, 1)),
-    "launched_after_the_product": Case(65, (64, 64), 64, 16, (0, 1)),
+    "programs_of_more_warps": Case(65, (64, 64), 64, 16, (0, 1)),
     "prefill": Case(300, (256,), 130, 16, (0,), True),
 }
 
@@ -104,7 +104,7 @@ def test_adds_the_update_to_the_product(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_operator_and_its_replay_equal_separate_products(case: Case, dtype: torch.dtype) -> None:
-    """Launched early the kernel must wait for the product: a replay on new inputs would show the old ones' results."""
+    """A replay on new inputs gives theirs."""
     operands = Operands.random(case, dtype)
     stacked, out = operands.stacked, operands.out
 

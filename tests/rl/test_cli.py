@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -301,14 +302,11 @@ def test_train_help_lists_every_option_that_can_be_set_and_no_other():
 
 
 def test_env_names_versions_engine_and_what_is_missing(capsys):
-    import torch
-    import trl
-
     assert main(["env"]) == 0
     lines = dict(
         line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].strip() and " " in line
     )
-    assert (lines["torch"], lines["trl"]) == (torch.__version__, trl.__version__)
+    assert (lines["torch"], lines["trl"]) == (version("torch"), version("trl"))
     assert lines["engine"] in ("transformers", "vllm") and "kernels" in lines
 
 
