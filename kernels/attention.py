@@ -7,8 +7,8 @@ benchmarks/attention.py):
         a sequence of at least DENSE_FROM tokens, or a row of equal sequences of at least EQUAL_FROM tokens, which is a
         batch as it lies there. From about 2K tokens on it beats `varlen` although each sequence is a call (uneven_*).
     varlen: FlashAttention-2, which takes a run of shorter sequences in one call (all of them where the row begins with
-        its longest), and rows with sliding windows; see attention_varlen.py. FlexAttention would do the same at half
-        that speed or less (peers of grpo_* and window*), and compile for seconds.
+        its longest), and rows with sliding windows; see attention_varlen.py. FlexAttention is about as fast only where
+        it is compiled, for seconds, for the very length of the row (peers of grpo_* and window*).
 
 cuDNN makes a plan for each new shape, which takes as long as many attentions (second_length_dense_ms), and in each
 thread: that of the forward pass, and the one where autograd runs the backward pass and checkpointing repeats the
