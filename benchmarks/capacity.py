@@ -70,7 +70,7 @@ def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
         max_completion_length=COMPLETION, num_generations=case.generations,
         per_device_train_batch_size=case.generations, tokens_per_microbatch=context, activation_offload=True,
         gradient_checkpointing=True, optim="adamw_8bit", max_steps=case.steps, logging_steps=1, report_to=[],
-        save_strategy="no", learning_rate=1e-6, parity_limit=0.5,  # random weights amplify rounding; the gap is reported
+        save_strategy="no", learning_rate=1e-6, parity_limit=0.5,  # random weights amplify rounding
         engine_kwargs={"max_num_seqs": case.generations, "max_num_batched_tokens": 2048},
     )  # fmt: skip
     lora = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -2,9 +2,10 @@
 
     python benchmarks/decode.py 4b=CHECKPOINT 8b=CHECKPOINT
 
-Every variant runs in a process of its own, one after the other; the file is written after each, so that a peer that
-fails costs no figure. Tokens/s are of the 256 tokens after the first 16, for 8, 32 and 128 sequences on prompts of 512
-tokens. The checkpoints are dense (`checkpoints.py` makes random ones); the 4-bit variants quantise them as they load.
+Every variant runs in a process of its own, one after the other; a shape's file, decode_SHAPE.json, is written after
+each, so that a peer that fails costs no figure. Tokens/s are of the 256 tokens after the first 16, for 8, 32 and 128
+sequences on prompts of 512 tokens. The checkpoints are dense (`checkpoints.py` makes random ones); the 4-bit variants
+quantise them as they load.
 """
 
 import argparse
@@ -17,12 +18,17 @@ from common import GIB, Report, parser, run_apart
 from peft import LoraConfig
 
 ADAPTER_BARS = {8: 0.90, 32: 0.90, 128: 0.95}  # sequences -> least share of the speed without adapter
-NF4_BARS = {8: 1.0, 32: 1.0, 128: 0.9}  # least share of the speed of bf16 without adapter
+FOUR_BIT_BARS = {8: 1.0, 32: 1.0, 128: 0.9}  # least share of the speed of bf16 without adapter
 BNB_BARS = {8: 2.5, 32: 2.5, 128: None}  # least multiple of what vLLM does with bitsandbytes and LoRA
 FEW, MANY = 16, 272
 SAVED_ADAPTER = "decode-adapter"  # beside the checkpoint: our variant leaves it there for vLLM's own LoRA
 LORA = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-OURS = {"bf16": (None, "auto"), "bf16_lora": (LORA, "auto"), "nf4_lora": (LORA, "nf4")}  # adapter, base
+OURS: dict[str, tuple[LoraConfig | None, str]] = {  # adapter, base
+    "bf16": (None, "auto"),
+    "bf16_lora": (LORA, "auto"),
+    "nf4_lora": (LORA, "nf4"),
+    "fp4_lora": (LORA, "fp4"),
+}
 PEERS = {"vllm_lora": {}, "vllm_bnb_lora": {"quantization": "bitsandbytes"}}
 Speeds = dict[int, list[float]]  # sequences -> tokens/s of each repeat
 
@@ -112,18 +118,20 @@ def add_figures(report: Report, shape: str, speeds: dict[str, Speeds], repeats: 
                 peers={"vllm_lora": round(best["vllm_lora"] / best["bf16"], 3)} if "vllm_lora" in best else {},
                 spread=spreads["bf16_lora"], **facts,
             )  # fmt: skip
-        if "nf4_lora" in best:
+        for variant in ("nf4_lora", "fp4_lora"):
+            if variant not in best:
+                continue
             report.add(
-                f"decode_tok_s.nf4_lora.{shape}.batch{count}", best["nf4_lora"], "tok/s", "higher",
-                bar=round(NF4_BARS[count] * best["bf16"]),
-                bar_is=f"{NF4_BARS[count]:g} x bf16 without adapter, same run", spread=spreads["nf4_lora"], **facts,
+                f"decode_tok_s.{variant}.{shape}.batch{count}", best[variant], "tok/s", "higher",
+                bar=round(FOUR_BIT_BARS[count] * best["bf16"]),
+                bar_is=f"{FOUR_BIT_BARS[count]:g} x bf16 without adapter, same run", spread=spreads[variant], **facts,
             )  # fmt: skip
-        if "nf4_lora" in best and "vllm_bnb_lora" in best:
-            report.add(
-                f"decode_tok_s.nf4_lora_over_vllm_bnb_lora.{shape}.batch{count}",
-                best["nf4_lora"] / best["vllm_bnb_lora"], "ratio", "higher", bar=BNB_BARS[count],
-                bar_is="vLLM's bitsandbytes with its LoRA, same run, is 1", **facts,
-            )  # fmt: skip
+            if "vllm_bnb_lora" in best:
+                report.add(
+                    f"decode_tok_s.{variant}_over_vllm_bnb_lora.{shape}.batch{count}",
+                    best[variant] / best["vllm_bnb_lora"], "ratio", "higher", bar=BNB_BARS[count],
+                    bar_is="vLLM's bitsandbytes with its LoRA, same run, is 1", **facts,
+                )  # fmt: skip
 
 
 def main() -> None:
@@ -138,14 +146,13 @@ def main() -> None:
         (checkpoint,) = checkpoints.values()
         print(json.dumps(measure(arguments.variant, checkpoint, arguments.repeats)))
         return
-    report = Report("decode", arguments)
-    found: dict[str, dict[str, Speeds]] = {shape: {} for shape in checkpoints}
     for shape, checkpoint in checkpoints.items():
+        report = Report(f"decode_{shape}", arguments, script="decode")
+        found: dict[str, Speeds] = {}
         for variant in arguments.variants:
-            found[shape][variant] = in_a_process(variant, checkpoint, arguments.repeats)
+            found[variant] = in_a_process(variant, checkpoint, arguments.repeats)
             report.rows.clear()
-            for name, speeds in found.items():
-                add_figures(report, name, speeds, arguments.repeats)
+            add_figures(report, shape, found, arguments.repeats)
             print(report.write())
 
 
