@@ -84,8 +84,8 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments.shape, arguments.most)))
         return
-    report = Report("longest_context", arguments)
     for free_gib in arguments.free_gib:
+        report = Report(f"longest_context_{free_gib:g}", arguments, script="longest_context")
         with ballast(free_gib) as free:
             apart = ["--shape", arguments.shape, "--most", str(arguments.most)]
             found = {side: run_apart(side, __file__, "--side", side, *apart) for side in SIDES}
