@@ -175,8 +175,8 @@ def tune(file: Path) -> None:
         print(f"tuned {shape[0]}x{shape[1]} rows {rows:3}: {shown}  worst {ordered[-1][1]:.2f}", flush=True)
 
     shapes = [(sum(outs), in_features) for outs, in_features in MATRICES.values()]
-    nf4_tuning.tune(shapes, torch.bfloat16, torch.device("cuda", 0), report=show)
-    file.write_text(json.dumps({torch.cuda.get_device_name(): nf4_tuning.measured(torch.device("cuda", 0))}, indent=1))
+    table = nf4_tuning.TUNING.tune(shapes, torch.bfloat16, torch.device("cuda", 0), report=show)
+    file.write_text(json.dumps({torch.cuda.get_device_name(): table}, indent=1))
 
 
 def main() -> None:

@@ -20,7 +20,51 @@ from torch import Tensor
 
 Shape = tuple[int, int]  # out, in
 C = TypeVar("C")  # a frozen dataclass of numbers
+RESIDENT_WARPS, CYCLES_A_SPLIT = 16, 100  # of an H200's multiprocessor, for `ranked_splits`
 ROTATED_BYTES = 150e6  # of copies of a matrix that are multiplied in turn, so that the L2 cache does not hold them
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one format's programs on a multiprocessor of an H200, for `ranked_splits`.
+
+    Attributes:
+        weights: read and decoded in a cycle, at most.
+        weights_a_warp: the same for each warp.
+        cycles_around: that a program takes before its first weight and after its last.
+    """
+
+    weights: float
+    weights_a_warp: float
+    cycles_around: float
+
+
+def ranked_splits(
+    tiles: int, steps: int, step_weights: int, warps: int, groups: int, processors: int, speed: Speed
+) -> list[int]:
+    """Every number of splits that differs, the fastest by a rough estimate first.
+
+    The multiprocessor with the most programs is the last, so their number should be little below a multiple of
+    `processors`. Each needs its time before the first weight and after the last; fewer warps are less busy.
+
+    Args:
+        tiles: of rows of W.
+        steps: of columns, in a row.
+        step_weights: that a program multiplies in a step.
+        warps: of a program.
+        groups: of a program's warps, that share its steps.
+    """
+
+    def cycles(splits: int) -> float:
+        programs = triton.cdiv(tiles * splits, processors)
+        rounds = triton.cdiv(programs * warps, RESIDENT_WARPS)
+        weights = programs * triton.cdiv(triton.cdiv(steps, splits), groups) * groups * step_weights
+        rate = min(speed.weights, speed.weights_a_warp * programs * warps)
+        return float(rounds * speed.cycles_around + weights / rate + CYCLES_A_SPLIT * splits)
+
+    most = max(1, steps // groups)
+    different = {triton.cdiv(steps, triton.cdiv(steps, wanted)) for wanted in range(1, most + 1)}
+    return sorted(different, key=lambda splits: (cycles(splits), splits))
 
 
 @dataclass

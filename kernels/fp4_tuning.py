@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from .few_rows_tuning import Shape, Tuning
+from .few_rows_tuning import Shape, Speed, Tuning, ranked_splits
 from .fp4 import CHUNK, FP4Tensor, empty
 from .fp4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_chunks
 
@@ -18,10 +18,7 @@ _KINDS: dict[int, list[tuple[int, int, int, int, int]]] = {
     MAX_ROWS: [(128, 4, 1, 2, 2), (64, 4, 1, 2, 3), (128, 4, 1, 1, 4)],
 }
 _SPLITS = 4  # numbers of splits to measure for each
-# Of a multiprocessor of an H200, for the estimate: warps that run at a time, weights read and decoded in a cycle, and
-# the cycles that a program and one more range of columns cost.
-_RESIDENT_WARPS, _WEIGHTS_A_CYCLE, _WEIGHTS_A_CYCLE_AND_WARP = 16, 30.0, 3.0
-_CYCLES_AROUND, _CYCLES_A_SPLIT = 3000, 100
+_SPEED = Speed(weights=30.0, weights_a_warp=3.0, cycles_around=3000)
 
 
 def candidates(shape: Shape, rows: int, processors: int) -> list[Config]:
@@ -31,25 +28,11 @@ def candidates(shape: Shape, rows: int, processors: int) -> list[Config]:
 
 
 def _estimated(shape: Shape, kind: Config, processors: int) -> list[Config]:
-    """The kind with every number of splits that differs, the fastest by a rough estimate first.
-
-    The multiprocessor with the most programs is the last, so their number should be little below a multiple of
-    `processors`. Each needs its time before the first weight and after the last; fewer warps are less busy.
-    """
+    """The kind with every number of splits that differs, the fastest by a rough estimate first."""
     chunks = step_chunks(shape[1], kind.chunks)
     steps, tiles = max(1, shape[1] // CHUNK // chunks), triton.cdiv(shape[0], kind.outs)
-
-    def cycles(splits: int) -> float:
-        programs = triton.cdiv(tiles * splits, processors)
-        rounds = triton.cdiv(programs * kind.warps, _RESIDENT_WARPS)
-        group_steps = triton.cdiv(triton.cdiv(steps, splits), kind.groups)
-        weights = programs * group_steps * kind.groups * chunks * CHUNK * kind.outs
-        rate = min(_WEIGHTS_A_CYCLE, _WEIGHTS_A_CYCLE_AND_WARP * programs * kind.warps)
-        return float(rounds * _CYCLES_AROUND + weights / rate + _CYCLES_A_SPLIT * splits)
-
-    most = max(1, steps // kind.groups)
-    different = {triton.cdiv(steps, triton.cdiv(steps, wanted)) for wanted in range(1, most + 1)}
-    return [replace(kind, splits=splits) for splits in sorted(different, key=lambda splits: (cycles(splits), splits))]
+    ranked = ranked_splits(tiles, steps, chunks * CHUNK * kind.outs, kind.warps, kind.groups, processors, _SPEED)
+    return [replace(kind, splits=splits) for splits in ranked]
 
 
 def _random_matrix(shape: Shape, device: torch.device) -> tuple[FP4Tensor, int]:
