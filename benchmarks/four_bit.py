@@ -29,7 +29,7 @@ MATRICES = {
     "8b.down": ((4096,), 12288),
 }
 BARS = {1: 2.0, 8: 2.0, 32: 1.5, 64: 1.0}  # by rows: times cuBLAS' speed
-WITH_ADAPTER = (8, 32, 64)  # rows
+WITH_ADAPTER = (8, 32, 64, 128)  # rows
 RANK = 16
 ROTATED = 200e6  # bytes
 BANDWIDTH_BAR = 0.85

@@ -55,7 +55,7 @@ def measure_quantise(case: Case, report: Report) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    add_options(options, list(BARS))
+    add_options(options, [*BARS, MAX_ROWS])
     options.add_argument("--errors", action="store_true", help="the quantisation errors alone, as on a CPU")
     arguments = options.parse_args()
     report = Report("fp4", arguments)

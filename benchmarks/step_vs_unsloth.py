@@ -2,9 +2,9 @@
 
     python benchmarks/step_vs_unsloth.py CHECKPOINT --peer-path DIRECTORY
 
-The checkpoint is dense; both sides quantise it to NF4 as they load it. Unsloth pins versions of its own: DIRECTORY has
-it and what it needs beside the installed packages (`pip install --target DIRECTORY unsloth ...`). Each side runs in a
-process of its own.
+The checkpoint is dense; both sides quantise it as they load it, Unsloth to NF4, ours to each of `--bases`. Unsloth pins
+versions of its own: DIRECTORY has it and what it needs beside the installed packages (`pip install --target DIRECTORY
+unsloth ...`). Each side runs in a process of its own; the file is written after each.
 """
 
 import os
@@ -22,26 +22,39 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("checkpoint", type=Path)
     options.add_argument("--peer-path", type=Path, help="where Unsloth is; without it only ours is measured")
+    options.add_argument("--bases", nargs="+", default=["nf4", "fp4"], help="ours, the first of them before Unsloth")
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     arguments = options.parse_args()
     report = Report("step_vs_unsloth", arguments)
-    checkpoint = str(arguments.checkpoint)
-    here, budget = Path(__file__), str(arguments.tokens_per_microbatch)
-    ours = ["--side", "ours", "--base", "nf4", "--tokens-per-microbatch", budget]
-    sides = {"ours": run_apart("ours", str(here.with_name("step_vs_trl.py")), checkpoint, *ours)}
-    if arguments.peer_path:
-        paths = os.pathsep.join([str(arguments.peer_path), os.environ.get("PYTHONPATH", "")])
-        environment = ONE_PROCESS | {"UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONPATH": paths}
-        try:
-            script = str(here.with_name("unsloth_side.py"))
-            sides["unsloth"] = run_apart("unsloth", script, checkpoint, environment=environment)
-        except subprocess.CalledProcessError as error:
-            print(f"Unsloth's side failed with exit code {error.returncode}: ours alone is reported")
-    add_figures(report, sides)
-    print(report.write())
+    unsloth = None
+    for index, base in enumerate(arguments.bases):
+        ours = measure_ours(arguments.checkpoint, base, arguments.tokens_per_microbatch)
+        if index == 0 and arguments.peer_path:
+            unsloth = measure_unsloth(arguments.checkpoint, arguments.peer_path)
+        add_figures(report, base, ours, unsloth)
+        print(report.write())
 
 
-def add_figures(report: Report, sides: dict[str, dict]) -> None:
+def measure_ours(checkpoint: Path, base: str, tokens_per_microbatch: int) -> dict:
+    script = str(Path(__file__).with_name("step_vs_trl.py"))
+    budget = ["--tokens-per-microbatch", str(tokens_per_microbatch)]
+    return run_apart(f"ours {base}", script, str(checkpoint), "--side", "ours", "--base", base, *budget)
+
+
+def measure_unsloth(checkpoint: Path, place: Path) -> dict | None:
+    """None where it fails: ours alone is reported then."""
+    paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    environment = ONE_PROCESS | {"UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONPATH": paths}
+    script = str(Path(__file__).with_name("unsloth_side.py"))
+    try:
+        return run_apart("unsloth", script, str(checkpoint), environment=environment)
+    except subprocess.CalledProcessError as error:
+        print(f"Unsloth's side failed with exit code {error.returncode}: ours alone is reported")
+        return None
+
+
+def add_figures(report: Report, base: str, ours: dict, unsloth: dict | None) -> None:
+    sides = {"ours": ours} | ({"unsloth": unsloth} if unsloth else {})
     steps = {name: [step["seconds"] for step in side["steps"][1:]] for name, side in sides.items()}
     peaks = {name: max(step["peak_gib"] for step in side["steps"]) for name, side in sides.items()}
     middle = {name: median(seconds) for name, seconds in steps.items()}
@@ -51,15 +64,15 @@ def add_figures(report: Report, sides: dict[str, dict]) -> None:
         "first_step_s": {name: round(side["steps"][0]["seconds"], 1) for name, side in sides.items()},
         "start_s": {name: round(side["start_seconds"], 1) for name, side in sides.items()},
         "repeats": STEPS - 1,
-        "logs": sides["ours"]["logs"],
+        "logs": ours["logs"],
     }
-    if "unsloth" in sides:
-        bar_is = "Unsloth 4-bit with standby, same run"
+    if unsloth:
+        bar_is = "Unsloth 4-bit (NF4) with standby, same run"
         ratio = middle["ours"] / middle["unsloth"]
-        report.add("step_vs_unsloth.time.4b.nf4", ratio, "ratio", "lower", bar=BAR, bar_is=bar_is, **facts)
-        report.add("step_vs_unsloth.peak_memory.4b.nf4", peaks["ours"] / peaks["unsloth"], "ratio", "lower")
+        report.add(f"step_vs_unsloth.time.4b.{base}", ratio, "ratio", "lower", bar=BAR, bar_is=bar_is, **facts)
+        report.add(f"step_vs_unsloth.peak_memory.4b.{base}", peaks["ours"] / peaks["unsloth"], "ratio", "lower")
     else:
-        report.add("step_vs_unsloth.ours_seconds.4b.nf4", middle["ours"], "s", "lower", **facts)
+        report.add(f"step_vs_unsloth.ours_seconds.4b.{base}", middle["ours"], "s", "lower", **facts)
 
 
 if __name__ == "__main__":

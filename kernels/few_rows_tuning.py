@@ -39,9 +39,7 @@ class Speed:
     cycles_around: float
 
 
-def ranked_splits(
-    tiles: int, steps: int, step_weights: int, warps: int, groups: int, processors: int, speed: Speed
-) -> list[int]:
+def ranked_splits(tiles: int, steps: int, step_weights: int, warps: int, processors: int, speed: Speed) -> list[int]:
     """Every number of splits that differs, the fastest by a rough estimate first.
 
     The multiprocessor with the most programs is the last, so their number should be little below a multiple of
@@ -52,18 +50,16 @@ def ranked_splits(
         steps: of columns, in a row.
         step_weights: that a program multiplies in a step.
         warps: of a program.
-        groups: of a program's warps, that share its steps.
     """
 
     def cycles(splits: int) -> float:
         programs = triton.cdiv(tiles * splits, processors)
         rounds = triton.cdiv(programs * warps, RESIDENT_WARPS)
-        weights = programs * triton.cdiv(triton.cdiv(steps, splits), groups) * groups * step_weights
+        weights = programs * triton.cdiv(steps, splits) * step_weights
         rate = min(speed.weights, speed.weights_a_warp * programs * warps)
         return float(rounds * speed.cycles_around + weights / rate + CYCLES_A_SPLIT * splits)
 
-    most = max(1, steps // groups)
-    different = {triton.cdiv(steps, triton.cdiv(steps, wanted)) for wanted in range(1, most + 1)}
+    different = {triton.cdiv(steps, triton.cdiv(steps, wanted)) for wanted in range(1, max(1, steps) + 1)}
     return sorted(different, key=lambda splits: (cycles(splits), splits))
 
 

@@ -34,20 +34,20 @@ def _fp4_linear(
     b_starts: list[int],
 ) -> Tensor:
     rows, weight = x.reshape(-1, x.shape[-1]), FP4Tensor(codes, scale_codes, row_scales)
-    y = _base(rows, weight, bias)
-    if a is not None and b is not None:
-        add_update_(y, rows, a, b, zip(out_starts, out_stops, a_starts, b_starts, strict=True))
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _base(rows: Tensor, weight: FP4Tensor, bias: Tensor | None) -> Tensor:
+    parts = tuple(zip(out_starts, out_stops, a_starts, b_starts, strict=True))
     if rows.is_cuda:  # where there is a GPU there is Triton
+        from .few_rows_adapter import Adapter
         from .fp4_few_rows import fits, launch
         from .fp4_tuning import chosen
 
-        if fits(rows):
-            return launch(rows, weight, bias, chosen(rows.device, weight.shape, rows.shape[0]))
-    return frozen_linear(rows, weight, bias)
+        if fits(rows, len(parts)):
+            adapter = None if a is None or b is None else Adapter(a, b, parts)
+            y = launch(rows, weight, bias, adapter, chosen(rows.device, weight.shape, rows.shape[0]))
+            return y.view(*x.shape[:-1], weight.shape[0])
+    y = frozen_linear(rows, weight, bias)
+    if a is not None and b is not None:
+        add_update_(y, rows, a, b, parts)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @_fp4_linear.register_fake

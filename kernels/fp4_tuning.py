@@ -6,16 +6,18 @@ from dataclasses import replace
 import torch
 import triton
 
+from .few_rows_adapter import Adapter, random_adapter
 from .few_rows_tuning import Shape, Speed, Tuning, ranked_splits
 from .fp4 import CHUNK, FP4Tensor, empty
 from .fp4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_chunks
 
-# Outs, warps, groups, chunks and buffers of the programs worth measuring, by rows; each is compiled where it is.
+# Outs, warps, sharing, chunks and buffers of the programs worth measuring, by rows; each is compiled where it is.
 _KINDS: dict[int, list[tuple[int, int, int, int, int]]] = {
-    8: [(128, 4, 1, 2, 4), (64, 4, 1, 4, 3), (64, 4, 2, 2, 4), (32, 4, 2, 4, 3), (32, 4, 4, 2, 3)],
-    16: [(128, 4, 1, 2, 4), (64, 4, 1, 4, 3), (64, 4, 2, 2, 4), (32, 4, 2, 4, 3)],
-    32: [(128, 4, 1, 2, 3), (64, 4, 1, 4, 2), (64, 4, 2, 2, 3)],
-    MAX_ROWS: [(128, 4, 1, 2, 2), (64, 4, 1, 2, 3), (128, 4, 1, 1, 4)],
+    8: [(64, 4, 1, 4, 3), (128, 4, 1, 4, 2), (64, 4, 2, 4, 3), (32, 4, 2, 4, 3)],
+    16: [(64, 4, 1, 4, 3), (128, 4, 1, 4, 2), (64, 4, 2, 4, 3), (32, 4, 2, 4, 3)],
+    32: [(64, 4, 1, 4, 2), (128, 4, 1, 2, 3), (64, 4, 2, 4, 2), (64, 4, 0, 2, 3)],
+    64: [(64, 4, 0, 1, 3), (64, 4, 0, 2, 3), (128, 4, 0, 1, 3)],
+    MAX_ROWS: [(128, 8, 0, 1, 3), (128, 8, 0, 1, 2), (64, 8, 0, 2, 2), (64, 8, 0, 2, 1)],
 }
 _SPLITS = 4  # numbers of splits to measure for each
 _SPEED = Speed(weights=30.0, weights_a_warp=3.0, cycles_around=3000)
@@ -31,20 +33,25 @@ def _estimated(shape: Shape, kind: Config, processors: int) -> list[Config]:
     """The kind with every number of splits that differs, the fastest by a rough estimate first."""
     chunks = step_chunks(shape[1], kind.chunks)
     steps, tiles = max(1, shape[1] // CHUNK // chunks), triton.cdiv(shape[0], kind.outs)
-    ranked = ranked_splits(tiles, steps, chunks * CHUNK * kind.outs, kind.warps, kind.groups, processors, _SPEED)
+    ranked = ranked_splits(tiles, steps, chunks * CHUNK * kind.outs, kind.warps, processors, _SPEED)
     return [replace(kind, splits=splits) for splits in ranked]
 
 
-def _random_matrix(shape: Shape, device: torch.device) -> tuple[FP4Tensor, int]:
+def _random_matrix(shape: Shape, device: torch.device) -> tuple[tuple[FP4Tensor, Adapter], int]:
     fp4 = empty(*shape, device)
     fp4.codes.random_(0, 256)
     fp4.scale_codes.random_(200, 256)
     fp4.row_scales.fill_(2.0**-8)
-    return fp4, fp4.nbytes
+    return (fp4, random_adapter(*shape, device)), fp4.nbytes
 
 
 TUNING = Tuning(
-    "fp4", Config, list(_KINDS), candidates, _random_matrix, lambda x, fp4, config: launch(x, fp4, None, config)
+    "fp4",
+    Config,
+    list(_KINDS),
+    candidates,
+    _random_matrix,
+    lambda x, given, config: launch(x, given[0], None, given[1], config),
 )
 
 

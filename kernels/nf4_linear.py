@@ -38,10 +38,11 @@ def _nf4_linear(
     rows, weight = x.reshape(-1, x.shape[-1]), NF4Tensor(codes, scale_codes, group_scales, group_start, offset)
     parts = tuple(zip(out_starts, out_stops, a_starts, b_starts, strict=True))
     if rows.is_cuda:  # where there is a GPU there is Triton
-        from .nf4_few_rows import Adapter, fits, launch
+        from .few_rows_adapter import Adapter
+        from .nf4_few_rows import fits, launch
         from .nf4_tuning import chosen
 
-        if fits(rows, parts):
+        if fits(rows, len(parts)):
             adapter = None if a is None or b is None else Adapter(a, b, parts)
             y = launch(rows, weight, bias, adapter, chosen(rows.device, weight.shape, rows.shape[0]))
             return y.view(*x.shape[:-1], weight.shape[0])

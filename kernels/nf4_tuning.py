@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 import triton
 
+from .few_rows_adapter import Adapter, random_adapter
 from .few_rows_tuning import Shape, Speed, Tuning, ranked_splits
 from .nf4 import BLOCK, NF4Tensor, empty
 from .nf4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_blocks
@@ -32,21 +33,26 @@ def _estimated(shape: Shape, kind: Config, processors: int) -> list[Config]:
     """The kind with every number of splits that differs, the fastest by a rough estimate first."""
     blocks = step_blocks(shape[1], kind.blocks)
     steps, tiles = max(1, shape[1] // BLOCK // blocks), triton.cdiv(shape[0], kind.outs)
-    ranked = ranked_splits(tiles, steps, blocks * BLOCK * kind.outs, kind.warps, 1, processors, _SPEED)
+    ranked = ranked_splits(tiles, steps, blocks * BLOCK * kind.outs, kind.warps, processors, _SPEED)
     return [replace(kind, splits=splits) for splits in ranked]
 
 
-def _random_matrix(shape: Shape, device: torch.device) -> tuple[NF4Tensor, int]:
+def _random_matrix(shape: Shape, device: torch.device) -> tuple[tuple[NF4Tensor, Adapter], int]:
     nf4 = empty([shape[0]], shape[1], device)
     nf4.codes.random_(0, 256)
     nf4.scale_codes.random_(0, 256)
     nf4.group_scales.fill_(0.01)
     nf4.offset.fill_(0.05)
-    return nf4, nf4.nbytes
+    return (nf4, random_adapter(*shape, device)), nf4.nbytes
 
 
 TUNING = Tuning(
-    "nf4", Config, list(_KINDS), candidates, _random_matrix, lambda x, nf4, config: launch(x, nf4, None, None, config)
+    "nf4",
+    Config,
+    list(_KINDS),
+    candidates,
+    _random_matrix,
+    lambda x, given, config: launch(x, given[0], None, given[1], config),
 )
 
 

@@ -51,81 +51,118 @@ def test_dequantised_rows_and_columns() -> None:
     assert dequantize(stored.rows(5, 5), torch.bfloat16).shape == (0, 192)
 
 
+Parts = tuple[tuple[int, int, int, int], ...]
+
+
 @dataclass(frozen=True)
 class Case:
+    """`parts`: (first column, last column + 1, first row of A, first row of B) of each adapted output."""
+
     rows: int
     out_features: int
     in_features: int
     bias: bool = False
+    rank: int = 0
+    parts: Parts = ()
 
 
 CASES = {
     "one_row": Case(1, 64, 64),
     "rows_beyond_a_tile": Case(5, 129, 256, bias=True),
-    "steps_of_two_chunks": Case(8, 130, 384),
+    "steps_of_two_chunks": Case(8, 130, 384, True, 16, ((0, 130, 0, 0),)),
     "steps_of_one_chunk": Case(9, 70, 192, bias=True),
-    "many_rows": Case(40, 48, 512),
+    "many_rows": Case(40, 48, 512, False, 4, ((8, 40, 0, 0),)),
+    "most_rows": Case(128, 70, 320, True, 8, ((0, 20, 0, 0), (30, 70, 8, 20))),
+    "three_parts_and_pieces_of_x_a": Case(3, 80, 768, True, 32, ((0, 30, 0, 0), (30, 50, 64, 30), (50, 80, 32, 50))),
 }
 WAYS = {
     "plain": {},
     "splits": {"splits": 3},
-    "groups": {"outs": 32, "groups": 2},
-    "groups_of_one_warp_and_splits": {"outs": 16, "groups": 4, "splits": 2, "chunks": 2},
+    "sharing": {"outs": 32, "sharing": 2},
+    "all_warps_share_and_splits": {"outs": 16, "sharing": 4, "splits": 2, "chunks": 2},
     "few_chunks": {"chunks": 1, "warps": 2},
     "one_warp": {"outs": 16, "warps": 1},
+    "together": {"sharing": 0},
+    "together_few_chunks_and_splits": {"sharing": 0, "chunks": 1, "warps": 8, "splits": 2},
 }
 
 
-def operands(case: Case) -> tuple[Tensor, fp4.FP4Tensor, Tensor | None]:
+@dataclass
+class Operands:
+    x: Tensor
+    weight: fp4.FP4Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+
+
+def operands(case: Case) -> Operands:
     generator = torch.Generator(DEVICE).manual_seed(1)
-    x = torch.randn(case.rows, case.in_features, generator=generator, device=DEVICE).to(DTYPE)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator, device=DEVICE)).to(DTYPE)
+
     weight = torch.randn(case.out_features, case.in_features, generator=generator, device=DEVICE)
     weight *= 2.0 ** torch.arange(case.out_features, device=DEVICE).remainder(7)[:, None]
-    bias = torch.randn(case.out_features, generator=generator, device=DEVICE).to(DTYPE) if case.bias else None
-    return x, fp4.quantize(weight), bias
+    return Operands(
+        x=random(case.rows, case.in_features),
+        weight=fp4.quantize(weight),
+        bias=random(case.out_features) if case.bias else None,
+        a=random(len(case.parts) * case.rank, case.in_features, scale=0.05),
+        b=random(sum(stop - start for start, stop, _, _ in case.parts), case.rank, scale=3.0),
+    )
 
 
-def exact(x: Tensor, weight: fp4.FP4Tensor, bias: Tensor | None) -> Tensor:
+def exact(case: Case, given: Operands) -> Tensor:
     """In double precision, of the weights that the trainer decodes."""
-    y = x.double() @ fp4.dequantize_reference(weight, torch.float32).double().T
-    return y if bias is None else y + bias.double()
+    x = given.x.double()
+    y = x @ fp4.dequantize_reference(given.weight, torch.float32).double().T
+    if given.bias is not None:
+        y += given.bias.double()
+    for start, stop, a, b in case.parts:
+        u = x @ given.a[a : a + case.rank].double().T
+        y[:, start:stop] += u @ given.b[b : b + stop - start].double().T
+    return y
 
 
-def run(x: Tensor, weight: fp4.FP4Tensor, bias: Tensor | None, **changes: int) -> Tensor:
+def run(case: Case, given: Operands, **changes: int) -> Tensor:
+    from colora.kernels.few_rows_adapter import Adapter
     from colora.kernels.fp4_few_rows import Config, launch
 
-    return launch(
-        x, weight, bias, replace(Config(outs=64, warps=4, groups=1, chunks=4, buffers=2, splits=1), **changes)
-    )
+    config = replace(Config(outs=64, warps=4, sharing=1, chunks=4, buffers=2, splits=1), **changes)
+    adapter = Adapter(given.a, given.b, case.parts) if case.parts else None
+    return launch(given.x, given.weight, given.bias, adapter, config)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_the_decoded_weights(case: Case, way: dict[str, int]) -> None:
-    from colora.kernels.fp4_few_rows import counters
+    from colora.kernels.few_rows_adapter import counters
 
     given = operands(case)
-    ours, true = run(*given, **way), exact(*given)
+    ours, true = run(case, given, **way), exact(case, given)
     assert ours.shape == true.shape
     assert ours.dtype == DTYPE
     assert (ours.double() - true).norm() / true.norm() < BOUND
-    assert not counters(given[0].device).any(), "the next launch would not add its splits up"
+    assert not counters(given.x.device).any(), "the next launch would not add its splits up, or not wait for x A^T"
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_columns_that_each_pick_one_weight(way: dict[str, int]) -> None:
     """x = the identity: the product is the matrix, bit for bit: every code, scale and column is where it should be."""
-    x, weight, _ = operands(Case(64, 70, 64))
-    x = torch.eye(64, device=DEVICE, dtype=DTYPE)
-    assert torch.equal(run(x, weight, None, **way).T, fp4.dequantize_reference(weight, DTYPE))
+    case = Case(64, 70, 64)
+    given = replace(operands(case), x=torch.eye(64, device=DEVICE, dtype=DTYPE))
+    assert torch.equal(run(case, given, **way).T, fp4.dequantize_reference(given.weight, DTYPE))
 
 
 def test_rows_of_a_matrix_and_of_x() -> None:
     """What `FP4Tensor.rows` gives, and an x whose rows are part of wider ones."""
-    x, weight, _ = operands(Case(3, 100, 256))
-    whole = run(x, weight, None)
-    wide = torch.cat((x, x), dim=1)
-    assert torch.equal(run(wide[:, 256:], weight.rows(24, 88), None), whole[:, 24:88])
+    case = Case(3, 100, 256)
+    given = operands(case)
+    whole = run(case, given)
+    wide = torch.cat((given.x, given.x), dim=1)
+    part = replace(given, x=wide[:, 256:], weight=given.weight.rows(24, 88))
+    assert torch.equal(run(case, part), whole[:, 24:88])
 
 
 def test_fits() -> None:
@@ -133,20 +170,26 @@ def test_fits() -> None:
 
     x = torch.zeros(MAX_ROWS + 1, 64, dtype=torch.bfloat16, device=DEVICE)
     assert fits(x[:1]) and fits(x[:MAX_ROWS])
+    assert fits(x[:1], parts=3)
+    assert not fits(x[:1], parts=4), "more parts than the kernel has arguments for"
     assert not fits(x[:1].half()), "its range is too small for weights that lack their row's scale"
     assert not fits(x), "many rows"
     assert not fits(x[:0]), "none"
     assert not fits(x[:64, :64].T), "columns first"
-    weight = fp4.quantize(torch.ones(64, 64, device=DEVICE))
-    with pytest.raises(ValueError, match="65 rows of x are too many for one launch, which takes 64; decode W instead"):
-        run(x, weight, None)
+    case = Case(129, 64, 64)
+    with pytest.raises(
+        ValueError, match="129 rows of x are too many for one launch, which takes 128; decode W instead"
+    ):
+        run(case, operands(case))
 
 
 LARGE = {
-    "4b.qkv": Case(8, 6144, 2560),
-    "4b.down": Case(64, 2560, 9728),
-    "8b.gate_up": Case(33, 24576, 4096, bias=True),
-    "qwen2.5_0.5b.qkv": Case(17, 1152, 896, bias=True),
+    "4b.qkv": Case(8, 6144, 2560, False, 16, ((0, 4096, 0, 0), (4096, 5120, 16, 4096), (5120, 6144, 32, 5120))),
+    "4b.down": Case(64, 2560, 9728, False, 32, ((0, 2560, 0, 0),)),
+    "4b.gate_up": Case(128, 19456, 2560, False, 16, ((0, 9728, 0, 0), (9728, 19456, 16, 9728))),
+    "8b.gate_up": Case(33, 24576, 4096, True, 16, ((0, 12288, 0, 0), (12288, 24576, 16, 12288))),
+    "qwen2.5_0.5b.qkv": Case(17, 1152, 896, True, 8, ((0, 896, 0, 0), (1024, 1152, 8, 896))),
+    "4b.o_alone": Case(8, 2560, 4096),
 }
 
 
@@ -158,11 +201,33 @@ def test_large_shapes_on_the_card(case: Case) -> None:
     from colora.kernels.fp4_tuning import candidates
 
     given = operands(case)
-    true = exact(*given)
+    true = exact(case, given)
     for config in candidates((case.out_features, case.in_features), rows_of_program(case.rows), 132):
-        first, second = (run(*given, **vars(config)) for _ in range(2))
+        first, second = (run(case, given, **vars(config)) for _ in range(2))
         assert (first.double() - true).norm() / true.norm() < BOUND, config
         assert torch.equal(first, second), config
+
+
+@pytest.mark.gpu
+def test_products_that_follow_one_another() -> None:
+    """Each starts before the one ahead has ended, reads what that wrote and takes memory that it has freed."""
+    case = Case(8, 2048, 2048, rank=16, parts=((0, 2048, 0, 0),))
+    given = operands(case)
+
+    def chain(check: bool) -> Tensor:
+        x = given.x
+        for index in range(30):
+            now, step = replace(case, parts=case.parts if index % 3 else ()), replace(given, x=x)
+            y = run(now, step, splits=index % 5 + 1)
+            if check:
+                true = exact(now, step)
+                assert (y.double() - true).norm() / true.norm() < BOUND, index
+            x = y / y.float().norm() * 128
+        return x
+
+    apart = chain(check=True)
+    for _ in range(10):
+        assert torch.equal(chain(check=False), apart)
 
 
 @pytest.mark.gpu
@@ -171,23 +236,21 @@ def test_in_a_cuda_graph_of_the_operator() -> None:
     from colora.kernels.lora_add import LoraPart
     from colora.kernels.lora_linear import PartOffsets
 
-    x, weight, _ = operands(LARGE["4b.qkv"])
-    a = torch.randn(16, 2560, device=DEVICE, dtype=DTYPE) * 0.05
-    b = torch.randn(1024, 16, device=DEVICE, dtype=DTYPE) * 0.1
-    offsets = PartOffsets((LoraPart("", slice(4096, 5120), slice(0, 1024), slice(0, 16)),))
+    case = LARGE["4b.qkv"]
+    given = operands(case)
+    parts = [LoraPart("", slice(s, t), slice(b, b + t - s), slice(a, a + case.rank)) for s, t, a, b in case.parts]
 
     def product() -> Tensor:
-        return fp4_linear(x, *weight.tensors(), None, a, b, offsets)
+        return fp4_linear(given.x, *given.weight.tensors(), None, given.a, given.b, PartOffsets(tuple(parts)))
 
     product()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [product() for _ in range(20)]
     for seed in range(3):
-        x.normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
+        given.x.normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
         graph.replay()
-        true = exact(x, weight, None)
-        true[:, 4096:5120] += x.double() @ a.double().T @ b.double().T
+        true = exact(case, given)
         for y in outputs:
             assert (y.double() - true).norm() / true.norm() < BOUND
         assert torch.equal(outputs[0], product()), "as outside the graph"

@@ -32,11 +32,11 @@ from triton.compiler import ASTSource
 from colora.kernels.nf4_linear_triton import nf4_linear_kernel as kernel
 
 sizes = json.loads(sys.argv[1])
-constants = sizes | {"WORD": 4, "ADAPTED": True, "RANK": 16, "BLOCK_R": 16, "HAS_BIAS": True}
-constants |= {"PLAIN": False, "AHEAD": True}
-pointers = dict.fromkeys(["x", "bias", "u", "b", "out"], "*bf16")
-pointers |= dict.fromkeys(["group_scales", "offset", "tables", "partial"], "*fp32")
-pointers |= {"codes": "*u8", "scale_words": "*i32", "group_start": "*i32", "counters": "*i32"}
+constants = sizes | {"WORD": 4, "SPLIT": True, "ADAPTED": True, "RANK": 16, "BLOCK_R": 16, "HAS_BIAS": True}
+constants |= {"PLAIN": False, "AHEAD": True, "DOWN_ROWS": min(32, sizes["ROWS"])}
+pointers = dict.fromkeys(["x", "bias", "u", "A", "B", "out"], "*bf16")
+pointers |= dict.fromkeys(["group_scales", "offset", "tables", "partial", "pieces_of_u"], "*fp32")
+pointers |= {"codes": "*u8", "scale_words": "*i32", "group_start": "*i32", "counters": "*i32", "signals": "*i32"}
 aligned = [*pointers, "out_features", "x_stride", "row_bytes"]
 names = kernel.arg_names
 signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}

@@ -40,6 +40,7 @@ CASES = {
     "v_alone_not_of_whole_tiles": Case(2, (100, 30, 30), 256, 5, ((130, 160, 0, 0),)),
     "several_pieces_of_x_a": Case(4, (64,), 2304, 16, ((0, 64, 0, 0),)),
     "more_ranks_than_a_tile": Case(2, (80, 48), 256, 64, ((0, 80, 0, 0), (80, 128, 64, 80))),
+    "a_tile_of_three_parts": Case(7, (24, 16, 24), 128, 16, ((0, 24, 0, 0), (24, 40, 16, 24), (40, 64, 32, 40))),
     "some_rows_of_w_alone": Case(33, (72,), 256, 4, ((8, 40, 0, 0),)),
     "parts_in_another_order_than_b": Case(20, (48, 80), 320, 8, ((0, 48, 8, 80), (48, 128, 0, 0))),
     "three_groups_of_scales_a_row": Case(2, (20,), 576 * 64),
@@ -89,7 +90,8 @@ def exact(case: Case, given: Operands) -> Tensor:
 
 
 def run(case: Case, given: Operands, **changes: object) -> Tensor:
-    from colora.kernels.nf4_few_rows import Adapter, Config, launch
+    from colora.kernels.few_rows_adapter import Adapter
+    from colora.kernels.nf4_few_rows import Config, launch
 
     config = replace(Config(outs=64, warps=4, sharing=1, blocks=4, buffers=2, registers=None, splits=1), **changes)  # type: ignore[arg-type]
     adapter = Adapter(given.a, given.b, case.parts) if case.parts else None
@@ -100,7 +102,7 @@ def run(case: Case, given: Operands, **changes: object) -> Tensor:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_the_decoded_weights(case: Case, splits: int, dtype: torch.dtype) -> None:
-    from colora.kernels.nf4_few_rows import counters
+    from colora.kernels.few_rows_adapter import counters
 
     given = operands(case, dtype)
     ours, true = run(case, given, splits=splits), exact(case, given)
@@ -152,13 +154,12 @@ def test_fits() -> None:
     from colora.kernels.nf4_few_rows import MAX_ROWS, fits
 
     x = torch.zeros(MAX_ROWS + 1, 64, dtype=torch.float16, device=DEVICE)
-    part = (0, 64, 0, 0)
-    assert fits(x[:1], [part] * 3)
-    assert not fits(x[:1], [part] * 4), "more parts than the kernel has arguments for"
-    assert not fits(x[:1].float(), []), "not half precision"
-    assert not fits(x, []), "many rows"
-    assert not fits(x[:0], []), "none"
-    assert not fits(x[:64, :64].T, []), "columns first"
+    assert fits(x[:1], parts=3)
+    assert not fits(x[:1], parts=4), "more parts than the kernel has arguments for"
+    assert not fits(x[:1].float()), "not half precision"
+    assert not fits(x), "many rows"
+    assert not fits(x[:0]), "none"
+    assert not fits(x[:64, :64].T), "columns first"
 
 
 def test_more_rows_than_a_launch_takes() -> None:
