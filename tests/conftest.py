@@ -4,6 +4,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A busy machine draws examples slowly: that says nothing of the code.
+settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_machine")
 
 # Triton reads it when it is imported, and its own functions and ours are defined: before any test imports anything.
 if not torch.cuda.is_available():
