@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from .fp4_linear_triton import fp4_linear_kernel
 
 MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
 _TOGETHER_ROWS = 64  # of x, that warps multiply together at least: the M of wgmma
-_REGISTERS = 2**16  # of a multiprocessor; where warps work together, another program is to decode meanwhile
+_REGISTERS = 2**16  # of a multiprocessor
 _WORDS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # the scale codes of so many chunks
 
 
@@ -55,6 +56,16 @@ def step_chunks(in_features: int, chunks: int) -> int:
     return math.gcd(chunks, in_features // CHUNK)
 
 
+@cache
+def _most_registers(device: torch.device, warps: int) -> int | None:
+    """Of a thread where `warps` work together: on Hopper so few that another program decodes while one multiplies.
+
+    Elsewhere the shared memory is for one program, and other tensor cores would have registers spilled.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return _REGISTERS // (64 * warps) if hopper and warps > 4 else None
+
+
 def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | None, config: Config) -> Tensor:
     """(rows, in), at most MAX_ROWS, columns contiguous -> (rows, out); `bias` (out,) and adapter, all of x's dtype.
 
@@ -83,6 +94,6 @@ def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | No
         row_words=in_features // 8, row_steps=steps, splits=splits, **arguments,
         ROWS=program_rows, OUTS=config.outs, CHUNKS=chunks, WARPS=warps, SHARING=sharing, SPLIT=splits > 1,
         HAS_BIAS=bias is not None, PLAIN=not x.is_cuda, AHEAD=ahead, launch_pdl=ahead, num_warps=warps,
-        num_stages=config.buffers + 1, maxnreg=_REGISTERS // (64 * warps) if together and warps > 4 else None,
+        num_stages=config.buffers + 1, maxnreg=_most_registers(x.device, warps) if together else None,
     )  # fmt: skip
     return out
