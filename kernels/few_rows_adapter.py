@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_PARTS = 3  # q, k, v
+MAX_RANK = 256  # of a part: B's tile and u's are in shared memory at once, and with 512 no longer fit there
 MAX_TILES = 2**16  # of rows of W
 # Of a program of x A^T: columns that it sums, and at most so many ranks and rows of x.
 _PIECE, _RANKS, _ROWS = tl.constexpr(256), tl.constexpr(16), 64
@@ -107,9 +108,10 @@ def sum_of_splits(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(whether this program is the last of its tile, and then the sum of all splits, in their order).
 
-    A_THREAD: elements of the sum that a thread has; loads of as many splits at once as there are registers for.
+    A_THREAD: elements of the sum that a thread has, 0 for less than one; loads of as many splits at once as there are
+    registers for.
     """
-    AT_ONCE: tl.constexpr = max(1, min(16, 64 // A_THREAD))
+    AT_ONCE: tl.constexpr = max(1, min(16, 64 // max(1, A_THREAD)))
     tl.store(partial + split.to(tl.int64) * size + at, total, mask=there)
     tl.debug_barrier()
     last = tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .few_rows_adapter import MAX_PARTS, MAX_TILES, Adapter, adapter_programs, counters, starts_ahead
+from .few_rows_adapter import MAX_PARTS, MAX_RANK, MAX_TILES, Adapter, adapter_programs, counters, starts_ahead
 from .fp4 import CHUNK, FP4Tensor
 from .fp4_linear_triton import fp4_linear_kernel
 
@@ -40,10 +40,11 @@ class Config:
     splits: int
 
 
-def fits(x: Tensor, parts: int = 0) -> bool:
-    """Whether `launch` takes x (rows, in) and that many parts, and is faster than decoding W and using cuBLAS."""
+def fits(x: Tensor, parts: int = 0, rank: int = 0) -> bool:
+    """Whether `launch` takes x (rows, in) and so many parts of that rank, and is faster than decoding W and cuBLAS."""
     counters(x.device)  # now: the first call with few rows may come in a graph's capture
-    return x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1 and parts <= MAX_PARTS
+    takes_x = x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
+    return takes_x and parts <= MAX_PARTS and rank <= MAX_RANK
 
 
 def rows_of_program(rows: int) -> int:

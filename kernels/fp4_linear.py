@@ -40,7 +40,7 @@ def _fp4_linear(
         from .fp4_few_rows import fits, launch
         from .fp4_tuning import chosen
 
-        if fits(rows, len(parts)):
+        if fits(rows, len(parts), 0 if b is None else b.shape[1]):
             adapter = None if a is None or b is None else Adapter(a, b, parts)
             y = launch(rows, weight, bias, adapter, chosen(rows.device, weight.shape, rows.shape[0]))
             return y.view(*x.shape[:-1], weight.shape[0])

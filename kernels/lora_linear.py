@@ -37,7 +37,7 @@ def _lora_linear(
     if stacked is not None and rows.is_cuda:  # where there is a GPU there is Triton
         from .lora_up import fits, lora_up
 
-        if fits(rows.dtype, out_starts, out_stops):
+        if fits(rows.dtype, b.shape[1], out_starts, out_stops):
             both = F.linear(rows, stacked)
             y = lora_up(both, bias, b, weight.shape[0], out_starts, out_stops, a_starts, b_starts)
             return y.view(*x.shape[:-1], weight.shape[0])

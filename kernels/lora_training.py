@@ -9,7 +9,7 @@ g^T u, the products of one part's columns with another part's u being dropped: u
 time, as reading g takes longer.
 The update goes first and the frozen product is added to it, because a matrix product that reads the tile of its result
 reads it while it multiplies; the other way round the result is read and written once more by a product that has
-nothing to do meanwhile. Nothing of W's size is made; a W in NF4 is decoded a tile at a time (`frozen`). Kept for the
+nothing to do meanwhile. Nothing of W's size is made; a W in 4 bits is decoded a tile at a time (`frozen`). Kept for the
 backward pass: x, once, and u.
 
 Cost for T tokens, in -> out, P adapted parts of rank r, e bytes an element; the frozen chain x W^T, g W takes
@@ -66,7 +66,7 @@ def lora_training(
 
     Args:
         x: (tokens, in).
-        weight: (out, in), frozen: dense in the same dtype, or NF4, of which a tile at a time is decoded to it.
+        weight: (out, in), frozen: dense in the same dtype, or in 4 bits, of which a tile at a time is decoded to it.
         bias: (out,), frozen, or None.
         slot_a: (adapted outputs * r, in), the stacked A in the compute dtype.
         slot_b: (adapted rows, r), the stacked B in the compute dtype, already multiplied by `scale`.

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_PARTS = 3  # q, k, v
+MAX_RANK = 256  # the tiles of u and B are in shared memory, and with 512 no longer fit there on every card
 BLOCK_N = 64
 PART_ALIGNMENT = BLOCK_N  # a tile of columns lies in one part
 # Up to so many rows of x: rows of a program and its warps. Measured on an H200 with 8, 32 and 128 rows, rank 16 and the
@@ -62,10 +63,11 @@ def _lora_up(  # type: ignore[no-untyped-def]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=in_rows & in_columns)
 
 
-def fits(dtype: torch.dtype, out_starts: Sequence[int], out_stops: Sequence[int]) -> bool:
-    """Whether the kernel takes these parts: half precision, at most three, each of whole tiles."""
+def fits(dtype: torch.dtype, rank: int, out_starts: Sequence[int], out_stops: Sequence[int]) -> bool:
+    """Whether the kernel takes these parts: half precision, a rank of at most 256, at most three of whole tiles."""
     whole = all(bound % PART_ALIGNMENT == 0 for bound in (*out_starts, *out_stops))
-    return dtype in (torch.bfloat16, torch.float16) and len(out_starts) <= MAX_PARTS and whole
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and rank <= MAX_RANK and len(out_starts) <= MAX_PARTS and whole
 
 
 def lora_up(

@@ -52,7 +52,6 @@ CODEBOOK = torch.tensor(
     ],
     dtype=torch.float32,
 )
-CODE_OF_ZERO = 7
 
 
 def _dynamic_map() -> Tensor:

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from colora.kernels.few_rows_adapter import MAX_RANK
+
 # How it is cut up; programs that a multiprocessor is to hold; bytes of shared memory; instructions of the loop a weight
 # and lane.
 KERNELS = {
@@ -36,7 +38,7 @@ from colora.kernels.fp4_linear_triton import fp4_linear_kernel as kernel
 
 sizes = json.loads(sys.argv[1])
 buffers, products = sizes.pop("buffers"), 8 if sizes["SHARING"] else 4
-constants = sizes | {"SPLIT": True, "ADAPTED": True, "RANK": 16, "BLOCK_R": 16, "HAS_BIAS": True}
+constants = {"RANK": 16, "BLOCK_R": 16} | sizes | {"SPLIT": True, "ADAPTED": True, "HAS_BIAS": True}
 constants |= {"PLAIN": False, "AHEAD": True, "DOWN_ROWS": min(64, sizes["ROWS"])}
 pointers = dict.fromkeys(["x", "bias", "A", "B", "u", "out"], "*bf16")
 pointers |= dict.fromkeys(["row_scales", "partial", "pieces_of_u"], "*fp32")
@@ -72,20 +74,32 @@ print(json.dumps(found | {name: int(n) for name, n in fields if n.isdecimal()}))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
-    sizes, programs, shared, instructions = KERNELS[name]
+def compiled(sizes: dict[str, int], cache: Path) -> dict[str, int]:
+    """What the kernel uses."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(sizes)],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    usage = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_largest_rank_fits(tmp_path: Path) -> None:
+    """Beside most rows: B's tile and u's in the shared memory of a multiprocessor, of which a program has 227 KiB."""
+    rank = {"RANK": MAX_RANK, "BLOCK_R": MAX_RANK}
+    assert compiled(KERNELS["most_rows"][0] | rank, tmp_path)["shared"] <= 227 * 2**10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
+    sizes, programs, shared, instructions = KERNELS[name]
+    usage = compiled(sizes, tmp_path)
     few = 8 if sizes["WARPS"] == 8 else 0  # bytes, of what is needed once
     assert usage["STACK"] <= few and usage["LOCAL"] == 0, "registers are spilled"
     assert usage["REG"] * 32 * sizes["WARPS"] * programs <= 2**16, "too few programs run at a time"

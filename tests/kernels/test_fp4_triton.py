@@ -80,6 +80,7 @@ WAYS = {
     "splits": {"splits": 3},
     "sharing": {"outs": 32, "sharing": 2},
     "all_warps_share_and_splits": {"outs": 16, "sharing": 4, "splits": 2, "chunks": 2},
+    "more_threads_than_sums": {"outs": 16, "warps": 8, "sharing": 8, "splits": 2},
     "few_chunks": {"chunks": 1, "warps": 2},
     "one_warp": {"outs": 16, "warps": 1},
     "together": {"sharing": 0},
@@ -170,8 +171,9 @@ def test_fits() -> None:
 
     x = torch.zeros(MAX_ROWS + 1, 64, dtype=torch.bfloat16, device=DEVICE)
     assert fits(x[:1]) and fits(x[:MAX_ROWS])
-    assert fits(x[:1], parts=3)
+    assert fits(x[:1], parts=3, rank=256)
     assert not fits(x[:1], parts=4), "more parts than the kernel has arguments for"
+    assert not fits(x[:1], parts=1, rank=257), "a tile of B for which there is too little shared memory"
     assert not fits(x[:1].half()), "its range is too small for weights that lack their row's scale"
     assert not fits(x), "many rows"
     assert not fits(x[:0]), "none"

@@ -94,7 +94,8 @@ def test_adds_the_update_to_the_product(case: Case) -> None:
 
     operands = Operands.random(case, torch.float16)  # of bf16 the interpreter multiplies the bits
     offsets = operands.offsets
-    assert fits(torch.float16, offsets.out_starts, offsets.out_stops)
+    assert fits(torch.float16, operands.b.shape[1], offsets.out_starts, offsets.out_stops)
+    assert not fits(torch.float16, 257, offsets.out_starts, offsets.out_stops)
     both = operands.x @ operands.stacked.T
     starts = (offsets.out_starts, offsets.out_stops, offsets.a_starts, offsets.b_starts)
     operands.assert_close(lora_up(both, operands.bias, operands.b, operands.out, *starts))

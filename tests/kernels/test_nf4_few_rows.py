@@ -154,8 +154,9 @@ def test_fits() -> None:
     from colora.kernels.nf4_few_rows import MAX_ROWS, fits
 
     x = torch.zeros(MAX_ROWS + 1, 64, dtype=torch.float16, device=DEVICE)
-    assert fits(x[:1], parts=3)
+    assert fits(x[:1], parts=3, rank=256)
     assert not fits(x[:1], parts=4), "more parts than the kernel has arguments for"
+    assert not fits(x[:1], parts=1, rank=257), "a tile of B for which there is too little shared memory"
     assert not fits(x[:1].float()), "not half precision"
     assert not fits(x), "many rows"
     assert not fits(x[:0]), "none"
