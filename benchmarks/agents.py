@@ -189,7 +189,7 @@ def main() -> None:
     options.add_argument("--hidden", type=int, default=128)
     options.add_argument("--layers", type=int, default=2)
     args = options.parse_args()
-    report = Report("agents", args)
+    report = Report("agents", args, on_cpu=True)
     with tempfile.TemporaryDirectory() as directory:
         engine = VLLMEngine(
             make_checkpoint(Path(directory), args.hidden, args.layers),

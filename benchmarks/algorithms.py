@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from colora.rl.presets import PRESETS as ALL_PRESETS
 from common import ROOT, Report, commit, parser
 
 sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
@@ -31,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {}
 def main() -> int:
     """Run everything that is not done yet; returns 1 where a run failed."""
     options = parser(__doc__)
-    options.add_argument("--presets", nargs="+", default=list(PRESETS))
+    options.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(ALL_PRESETS))
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--steps", type=int, default=280)
     options.add_argument("--learning-rate", type=float, default=7e-4)
@@ -150,7 +151,7 @@ def learn(preset: str, seed: int, arguments: argparse.Namespace) -> None:
 
 def write(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """The figures and the picture."""
-    report = Report("algorithms", arguments)
+    report = Report("algorithms", arguments, on_cpu=True)
     for result in results:
         chosen = result["settings"]
         facts = {

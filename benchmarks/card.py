@@ -18,8 +18,9 @@ STEP = 2**26  # bytes: how far what is free may be from what was asked for
 
 def hold(free_gib: float) -> None:
     """Take memory until `free_gib` are left, say so, and keep it until standard input ends."""
+    if not torch.cuda.is_available():
+        raise SystemExit("PyTorch finds no GPU here: there is nothing to hold")
     target, held = int(free_gib * GIB), []
-    torch.cuda.init()
     free = torch.cuda.mem_get_info()[0]
     if free < target:
         raise SystemExit(f"only {free / GIB:.1f} GiB are free: cannot leave {free_gib:g} GiB")

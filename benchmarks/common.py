@@ -57,15 +57,19 @@ class Report:
     """The rows of one script's figures, written as benchmarks/results/NAME.json.
 
     Make it before anything is allocated on the card: it notes what was free. `script` is the script's name where its
-    figures are in several files.
+    figures are in several files, `on_cpu` says that no card is needed for them; for all others SystemExit is raised
+    where there is none.
     """
 
     name: str
     options: argparse.Namespace
     script: str | None = None
+    on_cpu: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not (self.on_cpu or torch.cuda.is_available()):
+            raise SystemExit(f"benchmarks/{self.script or self.name}.py measures a GPU, and PyTorch finds none here")
         self.free_before = round(torch.cuda.mem_get_info()[0] / GIB, 1) if torch.cuda.is_available() else None
 
     def add(self, figure: str, value: float, unit: str, better: str, **more: Any) -> None:

@@ -141,6 +141,9 @@ def main() -> None:
     options.add_argument("--variants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     options.add_argument("--variant", choices=[*OURS, *PEERS], help=argparse.SUPPRESS)  # measure it here, print speeds
     arguments = options.parse_args()
+    for text in arguments.checkpoints:
+        if not all(text.partition("=")):
+            options.error(f"{text!r} is not of the form SHAPE=DIRECTORY, such as 8b=/checkpoints/8b")
     checkpoints = {name: Path(place) for name, _, place in (text.partition("=") for text in arguments.checkpoints)}
     if arguments.variant:
         (checkpoint,) = checkpoints.values()

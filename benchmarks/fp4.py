@@ -56,11 +56,15 @@ def measure_quantise(case: Case, report: Report) -> None:
 def main() -> None:
     options = parser(__doc__)
     add_options(options, [*BARS, MAX_ROWS])
-    options.add_argument("--errors", action="store_true", help="the quantisation errors alone, as on a CPU")
+    options.add_argument(
+        "--errors", action="store_true", help="the quantisation errors alone, as on a CPU: fp4_errors.json"
+    )
     arguments = options.parse_args()
-    report = Report("fp4", arguments)
+    # Figures of a card are not written over by the errors alone.
+    alone = arguments.errors or not torch.cuda.is_available()
+    report = Report("fp4_errors" if alone else "fp4", arguments, script="fp4", on_cpu=True)
     measure_errors(report)
-    if torch.cuda.is_available() and not arguments.errors:
+    if not alone:
         form = Format("fp4", fp4, fp4_linear, TUNING, MAX_ROWS, lambda dense, outs: fp4.quantize(dense))
         measure_all(form, arguments, report, measure_quantise)
     print(report.write())

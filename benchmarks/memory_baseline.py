@@ -89,6 +89,8 @@ def main() -> int:
     options.add_argument("--update", action="store_true", help="write the baseline")
     options.add_argument("--baseline", type=Path, default=BASELINE, help="the file")
     arguments = options.parse_args()
+    if not torch.cuda.is_available():
+        options.error("it measures a GPU, and PyTorch finds none here")
     peaks = {name: round(case(), 1) for name, case in CASES.items()}
     if arguments.update:
         content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "MiB", "peaks": peaks}

@@ -91,7 +91,9 @@ def main() -> None:
     options.add_argument("--timeout", type=float, default=2.0)
     options.add_argument("--memory-gib", type=float, default=0.0625)
     args = options.parse_args()
-    report = Report("reward_pool", args)
+    if args.samples < 100 or args.steps < 1:
+        options.error("--samples has to be at least 100, of which 1 % is one bad sample of each kind, and --steps 1")
+    report = Report("reward_pool", args, on_cpu=True)
     swell_seconds = min(seconds_to_swell(args.memory_gib) for _ in range(3))
     limits = PoolLimits(args.workers, args.timeout, args.memory_gib)
     verifier = load_reward(f"{Path(__file__).with_name('hostile_verifier.py')}:verify")

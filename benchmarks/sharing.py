@@ -82,7 +82,6 @@ def main() -> None:
     options.add_argument("checkpoint", type=Path)
     options.add_argument("--repeats", type=int, default=10)
     arguments = options.parse_args()
-    torch.cuda.init()
     report = Report("sharing", arguments)
     base = used_gib()
     started = time.perf_counter()

@@ -18,7 +18,8 @@ def verdict(row: dict[str, Any]) -> str:
     """`met` or `missed`; nothing where a figure has no bar."""
     if row.get("bar") is None:
         return ""
-    met = row["value"] >= row["bar"] if row["better"] == "higher" else row["value"] <= row["bar"]
+    value, bar = row["value"], row["bar"]
+    met = {"higher": value >= bar, "lower": value <= bar, "equal": value == bar}[row["better"]]
     return "met" if met else "missed"
 
 

@@ -70,6 +70,8 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments.shape, arguments.lengths, arguments.repeats)))
         return
+    if "ours" not in arguments.sides:
+        options.error("--sides: `ours` has to be among them, the figures are ratios to it")
     report, roof, config = Report("train_throughput", arguments), matmul_roof(), model_config(arguments.shape)
     torch.cuda.empty_cache()
     sides = {side: in_a_process(side, arguments) for side in arguments.sides}
