@@ -115,6 +115,11 @@ class Problem:
     kind: str = "error"
 
 
+def raised_reason(error: BaseException | None) -> str:
+    """That a function raised it, for a `Problem`; many errors, such as MemoryError, say nothing themselves."""
+    return f"it raised {type(error).__name__}" + (f": {error}" if str(error) else "")
+
+
 @dataclass
 class CallOutcome:
     """What came of one call: `values` has one number or None per sample; `raised` is what it raised, if so."""

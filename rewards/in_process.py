@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from .calls import REMEDIES, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
+from .calls import REMEDIES, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, raised_reason, read_result
 from .event_loop import EventLoopThread, wait_for
 
 
@@ -184,7 +184,7 @@ def _has_error(outcome: CallOutcome) -> bool:
 
 
 def _problem(error: BaseException, sample: int | None) -> Problem:
-    reason = f"it raised {type(error).__name__}: {error}"
+    reason = raised_reason(error)
     if sample is None:
         reason += " (on the whole batch; called with one sample at a time it does not)"
     remedy = "Make the function handle this input, or return None to skip a sample"

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from .calls import ENVIRONMENTS, REMEDIES, CallLog, CallOutcome, Problem, RewardBatch, RewardFunction, read_result
+from .calls import (
+    ENVIRONMENTS,
+    REMEDIES,
+    CallLog,
+    CallOutcome,
+    Problem,
+    RewardBatch,
+    RewardFunction,
+    raised_reason,
+    read_result,
+)
 from .loading import FILE_MODULE_PREFIX
 from .pool import POLL_SECONDS, PoolLimits, WorkerPool
 from .worker import Answer, FunctionReference, StateView, pack_call
@@ -162,7 +172,7 @@ def _problem(answer: Answer, sample: int) -> Problem:
     error = answer.raised
     if answer.lost is not None:
         return Problem(str(error), REMEDIES[answer.lost], sample, error, answer.lost)
-    reason = f"it raised {type(error).__name__}: {error}"
+    reason = raised_reason(error)
     if isinstance(error, MemoryError):
         return Problem(reason, REMEDIES["memory"], sample, error, "memory")
     return Problem(reason, "Make the function handle this input, or return None to skip a sample.", sample, error)

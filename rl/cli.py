@@ -65,11 +65,23 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--no-rewards", action="store_true", help="do not call the reward functions again")
     replay.add_argument("--generate", action="store_true", help="let the engine sample the rollouts again too")
     replay.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="relative difference that does not count (default: 0)"
+        "--tolerance",
+        type=_share,
+        default=0.0,
+        metavar="X",
+        help="relative difference that does not count (default: 0)",
     )
     replay.add_argument("--debug", action="store_true", help="show where an error was raised")
     add_rewards_command(commands)
     return parser
+
+
+def _share(text: str) -> float:
+    """A relative difference: with NaN nothing would count, and be reported as the same."""
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up to, but not, 1")
+    return share
 
 
 def _env() -> int:
@@ -83,13 +95,14 @@ def _guarded(command: Callable[[], int], debug: bool, hint: str = "") -> int:
     """`command`, with errors of the user's as one line. `hint` follows where it is interrupted."""
     from ..rewards.runner import RewardError
     from ..weightshare.guard import ParityError
+    from ..weightshare.vllm_names import VLLMUnusable
 
     try:
         return command()
     except KeyboardInterrupt:
         print(f"interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RewardError, ParityError, FloatingPointError) as error:
+    except (ValueError, OSError, RewardError, ParityError, VLLMUnusable, FloatingPointError) as error:
         cause = error.__cause__ if isinstance(error, RewardError) else None
         if debug:
             traceback.print_exc()
@@ -142,11 +155,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[tuple[s
 def _dry_run(run: "RunConfig", config: "GRPOConfig") -> int:
     from .inputs import open_inputs
     from .resolved import resolved_yaml
+    from .setup import check_engine, choose_engine
 
     print(resolved_yaml(run, config), end="")
     for finding in open_inputs(run, config).findings:
         print(f"# checked: {finding}")
-    print("# not checked without the weights: LoRA targets, the length of prompts, memory")
+    check_engine(config)
+    print(f"# checked: engine: {choose_engine(config.engine, config.device)}")
+    print("# not checked without the weights: the number and length of prompts, memory")
     return 0
 
 

@@ -84,7 +84,7 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
     vllm_importance_sampling_clip_max: float | None = field(
-        default=2.0, metadata={"help": "Upper bound of that weight."}
+        default=2.0, metadata={"help": "Upper bound of that weight. Null: none."}
     )
     algorithm: str | None = field(
         default=None,
@@ -437,6 +437,11 @@ class GRPOConfig(trl.GRPOConfig):
     def _settle_best_metric(self) -> None:
         if self.metric_for_best_model in ("loss", "eval_loss"):
             raise ValueError("metric_for_best_model='loss': an evaluation measures rewards, not a loss; use 'reward'")
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError(
+                "save_strategy='best' with eval_strategy='no': evaluations say which checkpoint is the best, so none "
+                "would be saved. Set eval_strategy, or save_strategy to steps"
+            )
         compares = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (
             compares or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")

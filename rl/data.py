@@ -220,14 +220,21 @@ def check_dataset(
         raise ValueError(f"{name} is missing: pass a datasets.Dataset with a `prompt` column")
     if isinstance(dataset, IterableDataset):
         return
+    if not isinstance(dataset, Dataset):
+        splits = f" (or one of its splits: {', '.join(map(str, dataset))})" if isinstance(dataset, dict) else ""
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}: pass a datasets.Dataset, such as Dataset.from_list makes of "
+            f"dicts{splits}"
+        )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: it needs rows with a `prompt` column")
     if "prompt" not in dataset.column_names and tokenize.needs_prompt:
         raise ValueError(f"{name} has no `prompt` column; its columns are: {', '.join(dataset.column_names)}")
     if len(dataset) < at_least:
         raise ValueError(
-            f"{name} has {len(dataset)} prompts, one generation needs {at_least}: lower per_device_train_batch_size or "
-            "gradient_accumulation_steps, raise num_generations, or add prompts"
+            f"{name} has {len(dataset)} prompts, one generation needs {at_least}: lower per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation (set by presets), raise num_generations, or add "
+            "prompts"
         )
     if "prompt" not in dataset.column_names:
         return

@@ -43,6 +43,8 @@ def open_rows(name: str, config: str | None = None, split: str = "train") -> Dat
     except DatasetGenerationError as error:  # says what is wrong with the content only as its cause
         raise ValueError(f"dataset {name!r} cannot be read: {error.__cause__ or error}") from error
     except (OSError, ValueError, HFValidationError) as error:
+        if "corresponds to no data" in str(error):  # what datasets says of a file without rows
+            raise ValueError(f"dataset {name!r}, split {split!r}: it is empty") from error
         raise ValueError(f"dataset {name!r}: {str(error) or type(error).__name__}") from error
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"dataset {name!r}, split {split!r}: it is empty")

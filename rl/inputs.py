@@ -16,7 +16,7 @@ from .config import GRPOConfig
 from .dataset_files import open_dataset
 from .families import check_family
 from .run_config import RunConfig
-from .setup import check_base, load_tokenizer, model_config, stop_token_ids
+from .setup import check_model, load_tokenizer, model_config, stop_token_ids
 
 
 def open_datasets(run: RunConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
@@ -60,9 +60,10 @@ def open_inputs(run: RunConfig, config: GRPOConfig) -> Inputs:
         findings.append(f"evaluation dataset: {_describe(evaluation)}")
     elif config.eval_strategy != "no":
         raise ValueError("eval_strategy is set, but there is no eval_dataset and no eval_dataset_split: name one")
-    findings.append(_check_model(run, config.base))
+    findings.append(_check_model(run))
     _check_tools(run, config, agents)
     lora = run.lora_config()
+    check_model(run.model, lora, config.base)
     findings.append(f"LoRA: r {lora.r}, lora_alpha {lora.lora_alpha}, target_modules {lora.target_modules}")
     return Inputs(rewards, train, evaluation, lora, findings, agents)
 
@@ -85,11 +86,13 @@ def agent_arguments(run: RunConfig) -> dict[str, Any]:
 def _check_output(run: RunConfig, config: GRPOConfig) -> str:
     assert config.output_dir is not None  # GRPOConfig refuses None
     resume = config.resume_from_checkpoint if run.resume is None else run.resume
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ValueError(f"output_dir {config.output_dir} is a file: name a directory")
     start = resolve_resume(Path(config.output_dir), resume)
     return f"output directory: {config.output_dir}, " + (f"going on from {start.name}" if start else "a new run")
 
 
-def _check_model(run: RunConfig, base: str) -> str:
+def _check_model(run: RunConfig) -> str:
     directory = Path(run.model).expanduser()
     if directory.is_dir():
         check_family(read_config(directory).get("model_type"))
@@ -103,7 +106,6 @@ def _check_model(run: RunConfig, base: str) -> str:
             f"model {run.model!r}: no such directory, and no model of the hub that can be reached"
         ) from error
     check_family(config.model_type)
-    check_base(config, base)
     tokenizer = load_tokenizer(run.model)
     stop_token_ids(run.model, tokenizer)
     return f"model: {run.model} ({config.model_type}), vocabulary of {len(tokenizer)} tokens"

@@ -83,6 +83,10 @@ def warnings_about(config: Any) -> Iterator[str]:
         yield "dynamic_sampling_max_rounds has no effect without dynamic_sampling=True"
     if config.detector_limits and not config.detectors:
         yield "detector_limits has no effect with detectors=False"
+    of_checkpointing = {"activation_offload": config.activation_offload == "true"}
+    of_checkpointing["mlp_tile_tokens"] = config.mlp_tile_tokens is not None
+    for name in (name for name, asked in of_checkpointing.items() if asked and not config.gradient_checkpointing):
+        yield f"{name} has no effect with gradient_checkpointing=False, which keeps everything for the backward pass"
 
 
 def remarks(config: Any) -> Iterator[str]:

@@ -38,7 +38,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # Name, whether it must be whole, the least value, whether that value itself is allowed. None is allowed where it is the
-# default.
+# default, and where it switches a limit off.
 _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("per_device_train_batch_size", True, 1, True),
     ("per_device_eval_batch_size", True, 1, True),
@@ -90,6 +90,8 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("conversation_timeout", False, 0, False),
 )
 
+_NONE_FOR_NO_LIMIT = ("max_sequence_gap", "vllm_importance_sampling_clip_max")
+
 OF_BITSANDBYTES = (
     *("adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit"),
     *("paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
@@ -117,6 +119,11 @@ def check_optimizer(optim: Any) -> None:
     name = str(getattr(optim, "value", optim))
     if name in ("lomo", "adalomo"):
         raise ValueError(f"optim={name!r} updates inside the backward pass, of which a step has several")
+    if name.startswith(("galore", "apollo")):
+        raise ValueError(
+            f"optim={name!r} projects the gradients of large matrices (optim_target_modules), and only LoRA's small "
+            "ones are trained: set optim to adamw_torch"
+        )
     if name in OF_BITSANDBYTES and find_spec("bitsandbytes") is None:
         raise ValueError(
             f'optim={name!r} is of bitsandbytes, which is not installed: pip install "colora[bnb]", or set optim to '
@@ -128,6 +135,8 @@ def check_numbers(config: Any) -> None:
     """Raise ValueError where an option is not a finite number of the right kind and size, or None by default."""
     for name, whole, least, inclusive in _LIMITS:
         value = getattr(config, name)
+        if value is None and name in _NONE_FOR_NO_LIMIT:
+            continue
         if value is not None or not is_default(config, name):
             _check_number(name, value, whole, least, inclusive)
     if config.top_entropy_quantile > 1:

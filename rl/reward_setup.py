@@ -1,6 +1,7 @@
 """The reward functions of a trainer, from what its constructor was given."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,10 @@ def reward_functions(
     reward_funcs: RewardFunction | Sequence[RewardFunction] | None,
     tokenizers: Sequence[PreTrainedTokenizerBase | None] | None,
 ) -> list[Callable[..., Any]]:
-    """Functions as they are; models wrapped so that they can be called alike."""
+    """Functions as they are; models wrapped so that they can be called alike.
+
+    Raises ValueError for the name of a function, and for tokenizers that are not as many.
+    """
     functions: list[RewardFunction] = []
     if reward_funcs is None:
         reward_funcs = []
@@ -50,6 +54,12 @@ def reward_functions(
         functions += reward_funcs
     else:
         functions.append(reward_funcs)
+    for function in functions:
+        if isinstance(function, str) and ":" in function and not Path(function).exists():
+            raise ValueError(
+                f"reward_funcs: {function!r} names a function, while a text is the checkpoint of a reward model here: "
+                "load it with `colora.rewards.loading.load_reward`"
+            )
     each = tokenizers or [None] * len(functions)
     if len(each) != len(functions):
         raise ValueError(

@@ -1,6 +1,7 @@
 """A run as a YAML file and command-line options describe it: model, data, rewards, LoRA and `GRPOConfig`'s fields."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
@@ -124,6 +125,8 @@ def read_run_config(path: Path | None, overrides: Sequence[tuple[str, str]] = ()
             "(`colora train --help` explains each)"
         )
     values.setdefault("reward_funcs", [])
+    if isinstance(values.get("resume"), str):
+        values["resume"] = os.path.expanduser(values["resume"])
     own = {entry.name for entry in run_fields()}
     return RunConfig(
         **{name: value for name, value in values.items() if name in own},

@@ -1,5 +1,6 @@
 """What a run is made of, built from what the user named: tokenizer, stop tokens, policy and engine."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from torch import Tensor
 from transformers import (
@@ -23,7 +25,7 @@ from ..kernels.tiled_mlp import TILE_TOKENS
 from ..rollout.engine import RolloutEngine
 from ..rollout.self_test import self_test
 from ..rollout.trajectory import Trajectory
-from ..rollout.transformers_engine import TransformersEngine
+from ..rollout.transformers_engine import TransformersEngine, check_limits
 from ..weightshare.adapter import check_lora_config, targeted_parts
 from ..weightshare.base_format import base_format
 from ..weightshare.bnb_checkpoint import nf4_projections
@@ -43,12 +45,19 @@ DEFAULT_LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task
 
 def model_name(model: ModelLike) -> str:
     """A checkpoint's path or hub id; for a model in memory what its config remembers."""
-    return str(model) if isinstance(model, (str, Path)) else (getattr(model.config, "name_or_path", "") or "model")
+    if isinstance(model, (str, Path)):
+        return os.path.expanduser(model)
+    return getattr(model.config, "name_or_path", "") or "model"
 
 
 def model_config(model: ModelLike) -> PreTrainedConfig:
-    """The Hugging Face config, without loading weights."""
-    return model.config if isinstance(model, (Policy, PreTrainedModel)) else AutoConfig.from_pretrained(str(model))
+    """The Hugging Face config, without loading weights. Raises ValueError where its fields contradict each other."""
+    if isinstance(model, (Policy, PreTrainedModel)):
+        return model.config
+    try:
+        return AutoConfig.from_pretrained(model_name(model))
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json of {model} describes no model: {error.__cause__ or error}") from error
 
 
 def load_tokenizer(model: ModelLike) -> PreTrainedTokenizerBase:
@@ -105,6 +114,28 @@ def check_model(model: ModelLike, lora: LoraConfig | None, base: str = "auto") -
     targeted_parts(nothing, lora or DEFAULT_LORA, decoder_path(config))
 
 
+def check_engine(args: GRPOConfig) -> None:
+    """Raise, as `build` does, for an engine that is not installed or options that it does not have; loads no weights.
+
+    Raises:
+        ValueError: the options.
+        VLLMUnusable: vLLM is missing, or lacks what is used of it.
+    """
+    kwargs = _engine_kwargs(args)
+    if choose_engine(args.engine, args.device) == "vllm":
+        from ..rollout.vllm_engine import check_vllm
+
+        check_vllm(args.device, kwargs)
+        return
+    unknown = kwargs.keys() - TRANSFORMERS_ENGINE_KWARGS
+    if unknown:
+        raise ValueError(
+            f"engine_kwargs: the transformers engine has no {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(sorted(TRANSFORMERS_ENGINE_KWARGS))}"
+        )
+    check_limits(**kwargs)
+
+
 def build(
     model: ModelLike, args: GRPOConfig, lora: LoraConfig | None, max_context: int
 ) -> tuple[Policy, RolloutEngine]:
@@ -117,6 +148,7 @@ def build(
     lora = lora or DEFAULT_LORA
     if choose_engine(args.engine, args.device) == "vllm":
         return _build_on_vllm(model, args, lora, max_context)
+    check_engine(args)
     if isinstance(model, Policy):
         policy = model
         if policy.adapter is None:
@@ -130,16 +162,9 @@ def build(
             )
     else:
         policy = load(model, lora, dtype=args.dtype, device=args.device, seed=args.seed, base=args.base)
-    kwargs = _engine_kwargs(args)
-    unknown = kwargs.keys() - TRANSFORMERS_ENGINE_KWARGS
-    if unknown:
-        raise ValueError(
-            f"engine_kwargs: the transformers engine has no {', '.join(sorted(unknown))}; "
-            f"it takes {', '.join(sorted(TRANSFORMERS_ENGINE_KWARGS))}"
-        )
     configure(policy, args)
     return policy, TransformersEngine(
-        policy.weights, policy.config, max_context=max_context, fp32_head=policy.fp32_head, **kwargs
+        policy.weights, policy.config, max_context=max_context, fp32_head=policy.fp32_head, **_engine_kwargs(args)
     )
 
 
@@ -183,7 +208,11 @@ def _build_on_vllm(
     policy = Policy(engine.weights, engine.config, engine.adapter)
     configure(policy, args)
     guard = ParityGuard(args.parity_limit, policy.dtype)
-    self_test(engine, partial(score, policy), guard, engine.weights, engine.adapter)
+    try:
+        self_test(engine, partial(score, policy), guard, engine.weights, engine.adapter)
+    except Exception:
+        engine.close()  # the error's traceback holds it, and a process can have one engine open
+        raise
     return policy, engine
 
 

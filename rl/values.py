@@ -76,7 +76,10 @@ def _from_text(name: str, text: str, members: Sequence[Any]) -> Any:
         if number is not _WRONG:
             return number
     if {list, dict} & kinds and text.lstrip().startswith(("[", "{")):
-        return _from_object(name, load_yaml(text), members)
+        try:
+            return _from_object(name, load_yaml(text), members)
+        except yaml.MarkedYAMLError as error:
+            raise ValueError(f"{name}: {text!r} is neither YAML nor JSON: {error.problem}") from None
     if list in kinds and (not takes_text or "," in text):
         return _from_object(name, [item.strip() for item in text.split(",")], members)
     return text if takes_text else _WRONG

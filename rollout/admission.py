@@ -8,8 +8,8 @@ from .engine import RolloutRequest
 def check_requests(requests: Sequence[RolloutRequest], in_flight: Set[str], max_context: int, vocab_size: int) -> None:
     """Raise ValueError, by the request's id, for the first request that cannot be served.
 
-    Refused: an empty prompt, an id outside the vocabulary, prompt + max_tokens over `max_context`, a negative seed, a
-    request id that is in flight or occurs twice.
+    Refused: an empty prompt, a token or stop token outside the vocabulary, prompt + max_tokens over `max_context`, a
+    negative seed, a request id that is in flight or occurs twice.
     """
     seen = set(in_flight)
     for request in requests:
@@ -33,6 +33,12 @@ def _check(request: RolloutRequest, max_context: int, vocab_size: int) -> None:
         raise ValueError(
             f"request {name!r}: token id {outside} is outside the vocabulary (0 to {vocab_size - 1}); "
             "use the tokenizer of this model"
+        )
+    stops = [token for token in request.sampling.stop_token_ids if not 0 <= token < vocab_size]
+    if stops:
+        raise ValueError(
+            f"request {name!r}: stop token {stops[0]} is outside the vocabulary (0 to {vocab_size - 1}), so the model "
+            "can never end with it; use the tokenizer and the generation_config.json of this model"
         )
     if request.seed < 0:
         raise ValueError(f"request {name!r}: the seed must not be negative, got {request.seed}")

@@ -110,6 +110,13 @@ def _lora_hook(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...],
     return add_update
 
 
+def check_limits(**limits: object) -> None:
+    """Raise ValueError, by its name, for one of TransformersEngine's limits that is no whole number of at least 1."""
+    for name, limit in limits.items():
+        if type(limit) is not int or limit < 1:
+            raise ValueError(f"TransformersEngine: {name} must be a whole number of at least 1, got {limit!r}")
+
+
 class TransformersEngine(Lifecycle):
     """`RolloutEngine` on a transformers model, on whatever device the weights are on.
 
@@ -126,7 +133,7 @@ class TransformersEngine(Lifecycle):
         fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
 
     Raises:
-        ValueError: weights that do not fit the config, or limits below 1.
+        ValueError: weights that do not fit the config, or limits that are not whole numbers of at least 1.
     """
 
     def __init__(
@@ -139,10 +146,7 @@ class TransformersEngine(Lifecycle):
         fp32_head: bool = True,
     ):
         self.max_context = config.max_position_embeddings if max_context is None else max_context
-        limits = {"max_context": self.max_context, "max_sequences": max_sequences, "prefill_tokens": prefill_tokens}
-        for name, limit in limits.items():
-            if limit < 1:
-                raise ValueError(f"TransformersEngine: {name} must be at least 1, got {limit}")
+        check_limits(max_context=self.max_context, max_sequences=max_sequences, prefill_tokens=prefill_tokens)
         self.model = shared_model(weights, config, fp32_head)
         self._weights = weights
         self._max_sequences, self._prefill_tokens = max_sequences, prefill_tokens
@@ -168,8 +172,7 @@ class TransformersEngine(Lifecycle):
         """Queue requests, all of them or, where one is refused, none.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, prompt + max_tokens over `max_context`, a
-                negative seed, or a request id that is in flight.
+            ValueError: see `admission.check_requests`.
             RuntimeError: asleep or closed.
         """
         self._require_awake("submit")

@@ -5,7 +5,6 @@ import json
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from ..weightshare.base_format import BaseFormat, base_format
 from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import SLOT_A, SLOT_B, check_storage
 from ..weightshare.loading import checkpoint_directory, read_config, tensor_names
-from ..weightshare.memory import KVLayout, free_bytes, kv_cache_bytes, nf4_saves, reserve_bytes
-from ..weightshare.vllm_names import check_names, vllm_version
+from ..weightshare.memory import KVLayout, check_kv_cache_bytes, free_bytes, kv_cache_bytes, nf4_saves, reserve_bytes
+from ..weightshare.vllm_names import check_installed, check_names, vllm_version
 from .admission import check_requests
 from .engine import RolloutRequest
 from .lifecycle import Lifecycle
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ..weightshare.vllm_plugin import SharingSession
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+KV_DTYPES = ("auto", "bfloat16", "float16")
 MAX_SEQUENCES = {"cuda": 256, "cpu": 64}
 PREFILL_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -71,7 +71,8 @@ class VLLMEngine(Lifecycle):
         ValueError: a checkpoint that is missing, incomplete, multimodal, unknown to vLLM or quantised in a format other
             than NF4; projections that the base cannot hold; a dtype or device that does not fit; options that do not
             exist or conflict; too little memory for one sequence.
-        RuntimeError: vLLM is not installed, or lacks names that are used; another engine is open in this process.
+        VLLMUnusable: vLLM is not installed, cannot be imported, or lacks names that are used.
+        RuntimeError: another engine is open in this process.
     """
 
     def __init__(
@@ -106,8 +107,13 @@ class VLLMEngine(Lifecycle):
 
             from ..weightshare.vllm_plugin import SharingSession, sharing
 
-            _check_vllm(self.config, self._device)
-            options = self._options(directory, lora, dtype, seed, check_engine_kwargs(given, vllm.EngineArgs))
+            _check_platform(self._device)
+            _check_architecture(self.config)
+            if self._device.type == "cpu":
+                _check_head_dim(self.config)
+            options = self._options(
+                directory, lora, dtype, seed, check_engine_kwargs(given, vllm.EngineArgs, self._device.type)
+            )
             if fp32_head:
                 options["hf_overrides"] = {"head_dtype": "float32"}
             tied = self.config.tie_word_embeddings
@@ -136,8 +142,7 @@ class VLLMEngine(Lifecycle):
             "use_tqdm_on_load": False,
         }
         if kind == "cpu":
-            # Of a seeded prompt in pieces vLLM takes random numbers back, which a CPU's generator cannot do.
-            options |= {"enforce_eager": True, "enable_chunked_prefill": False}
+            options |= {"enforce_eager": True, "enable_chunked_prefill": False}  # see vllm_options
         elif "enforce_eager" not in given:
             options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
         options |= given
@@ -168,13 +173,16 @@ class VLLMEngine(Lifecycle):
     def _size_kv_cache(self, options: dict[str, Any], session: "SharingSession", vllm_config: "VllmConfig") -> None:
         """Set the KV cache's size in vLLM's configuration: the weights are loaded, so what is free is known."""
         cache = vllm_config.cache_config
-        if cache.kv_cache_memory_bytes is not None:
-            self.kv_cache_bytes = cache.kv_cache_memory_bytes
-            return
         prefill, sequences = options["max_num_batched_tokens"], options["max_num_seqs"]
-        eight_bits = str(options.get("kv_cache_dtype", "auto")).startswith(("fp8", "int8"))
+        kv_dtype = str(options.get("kv_cache_dtype", "auto"))
+        eight_bits = kv_dtype.startswith(("fp8", "int8"))
         dtype = session.weights.dtype
         layout = KVLayout.of(self.config, 1 if eight_bits else dtype.itemsize, cache.block_size or 16)
+        if cache.kv_cache_memory_bytes is not None:
+            self.kv_cache_bytes = cache.kv_cache_memory_bytes
+            if eight_bits or kv_dtype in KV_DTYPES:  # what others take, vLLM knows
+                check_kv_cache_bytes(layout, self.kv_cache_bytes, self.max_context, prefill)
+            return
         masters = sum(parameter.numel() for parameter in session.adapter.parameters()) if session.adapter else 0
         reserve = reserve_bytes(self.config, dtype, prefill, sequences, masters) if self._device.type == "cuda" else 0
         self.kv_cache_bytes = kv_cache_bytes(
@@ -292,7 +300,9 @@ def _require_first() -> None:
     """vLLM keeps its state in globals, which the end of one engine clears for all."""
     other = _open_engine() if _open_engine is not None else None
     if other is not None and not other.closed:
-        raise RuntimeError("another vLLM engine is open in this process; close() it first")
+        raise RuntimeError(
+            "another vLLM engine is open in this process; close it first, that of a trainer with trainer.engine.close()"
+        )
 
 
 def _remember(engine: VLLMEngine) -> None:
@@ -302,8 +312,7 @@ def _remember(engine: VLLMEngine) -> None:
 
 def _check_arguments(config: PreTrainedConfig, dtype: torch.dtype, max_context: int, device: torch.device) -> None:
     """What can be refused before vLLM is imported."""
-    if find_spec("vllm") is None:
-        raise RuntimeError("engine='vllm': vLLM is not installed; install it, or set engine='transformers'")
+    check_installed()
     if config.get_text_config() is not config:
         raise ValueError(
             f"{config.model_type} is multimodal: its decoder cannot be shared with vLLM; set engine='transformers', or "
@@ -317,8 +326,7 @@ def _check_arguments(config: PreTrainedConfig, dtype: torch.dtype, max_context: 
         raise ValueError(f"vLLM runs on the first visible GPU, not on {device}; set CUDA_VISIBLE_DEVICES to choose it")
 
 
-def _check_vllm(config: PreTrainedConfig, device: torch.device) -> None:
-    from vllm.model_executor.models import ModelRegistry
+def _check_platform(device: torch.device) -> None:
     from vllm.platforms import current_platform
 
     if current_platform.device_type != device.type:
@@ -326,6 +334,11 @@ def _check_vllm(config: PreTrainedConfig, device: torch.device) -> None:
             f"the installed vLLM {vllm_version()} is built for {current_platform.device_type}, and the run is on "
             f"{device.type}; install the other build, or set engine='transformers'"
         )
+
+
+def _check_architecture(config: PreTrainedConfig) -> None:
+    from vllm.model_executor.models import ModelRegistry
+
     known, named = ModelRegistry.get_supported_archs(), config.architectures or []
     if not any(name in known for name in named):
         raise ValueError(
@@ -334,12 +347,48 @@ def _check_vllm(config: PreTrainedConfig, device: torch.device) -> None:
         )
 
 
+def _check_head_dim(config: PreTrainedConfig) -> None:
+    """vLLM's CPU build notices at the first forward only."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim not in known:
+        raise ValueError(
+            f"vLLM's CPU build supports attention heads of {', '.join(map(str, known))}, and the model's "
+            f"have {head_dim}: set engine='transformers'"
+        )
+
+
+def check_vllm(device: torch.device, engine_kwargs: Mapping[str, Any]) -> None:
+    """Raise, as VLLMEngine does, where vLLM cannot be used on this kind of device, or for engine_kwargs by their names.
+
+    Raises:
+        ValueError: the options; a vLLM that is built for another kind of device.
+        VLLMUnusable: vLLM is not installed, cannot be imported, or lacks names that are used.
+    """
+    check_installed()
+    with vllm_starting(device):
+        check_names(device.type)
+        import vllm
+
+        _check_platform(device)
+        check_engine_kwargs(engine_kwargs, vllm.EngineArgs, device.type)
+
+
 def _start(options: dict[str, Any]) -> "LLMEngine":
     import vllm
+    from pydantic import ValidationError
     from vllm.v1.engine.llm_engine import LLMEngine
 
     try:
         return LLMEngine.from_engine_args(vllm.EngineArgs(**options))
+    except ValidationError as error:  # a ValueError of many lines, with all of vLLM's configuration in it
+        problems = (": ".join([*map(str, entry["loc"]), entry["msg"]]) for entry in error.errors())
+        raise ValueError(
+            f"engine_kwargs: vLLM {vllm_version()} refuses its options: {'; '.join(problems)} (max_model_len is "
+            "max_context here)"
+        ) from error
     except (AssertionError, NotImplementedError) as error:  # how vLLM refuses many a combination
         raise ValueError(
             f"vLLM {vllm_version()} does not serve this model with these options: {error or type(error).__name__}; "

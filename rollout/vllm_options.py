@@ -53,18 +53,23 @@ CONFLICTS = {
     "convert": "the model generates",
 }
 LOAD_FORMATS = ("auto", "safetensors")
+_PIECES = ("enable_chunked_prefill", "long_prefill_token_threshold")  # read a prompt in several forwards
+# Whole numbers that the engine's memory is computed from: they may be left out, but not be None or text.
+_COUNTS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
 
 
-def check_engine_kwargs(kwargs: Mapping[str, Any], arguments: type) -> dict[str, Any]:
+def check_engine_kwargs(kwargs: Mapping[str, Any], arguments: type, device: str) -> dict[str, Any]:
     """`engine_kwargs` in vLLM's names.
 
     Args:
         kwargs: what the user gave.
         arguments: `vllm.EngineArgs`, whose fields are the names that exist.
+        device: the kind of device: `cuda` or `cpu`.
 
     Raises:
         ValueError: a name that vLLM does not have (with the nearest ones), one that conflicts with sharing (with the
-            reason), or the same option under two names.
+            reason) or would stop a run on a CPU later, the same option under two names, or a value of another type
+            than is computed with.
     """
     known = {entry.name for entry in fields(arguments) if not entry.name.startswith("_")}
     checked: dict[str, Any] = {}
@@ -76,8 +81,17 @@ def check_engine_kwargs(kwargs: Mapping[str, Any], arguments: type) -> dict[str,
             raise ValueError(f"engine_kwargs: vLLM has no option {given!r}; {near}")
         if name in CONFLICTS:
             raise ValueError(f"engine_kwargs: {given}={value!r} cannot be set: {CONFLICTS[name]}")
+        if name in _PIECES and device == "cpu" and value:
+            raise ValueError(
+                f"engine_kwargs: {given}={value!r} cannot be set on a CPU: of a seeded prompt in pieces vLLM takes "
+                "random numbers back, which a CPU's generator cannot do"
+            )
         if name in checked:
             raise ValueError(f"engine_kwargs: {name} is given twice, also under the name {given}")
+        if name in _COUNTS:
+            value = _count(given, value)
+        if name == "additional_config" and not isinstance(value, dict):
+            raise ValueError(f"engine_kwargs: {given}={value!r} must be a mapping")
         checked[name] = value
     load_format = checked.pop("load_format", "auto")
     if load_format not in LOAD_FORMATS:
@@ -86,3 +100,11 @@ def check_engine_kwargs(kwargs: Mapping[str, Any], arguments: type) -> dict[str,
             f"safetensors ({' or '.join(LOAD_FORMATS)})"
         )
     return checked
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():  # 4e9, as YAML reads it
+        value = int(value)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"engine_kwargs: {name}={value!r} must be a whole number of at least 1, or left out")
+    return value

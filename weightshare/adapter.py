@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -72,6 +72,13 @@ def check_lora_config(config: LoraConfig) -> None:
         )
     if config.r < 1:
         raise ValueError(f"LoraConfig.r must be at least 1, got {config.r}")
+    if config.lora_alpha == 0:
+        raise ValueError("LoraConfig.lora_alpha=0 is not supported: the update is scaled by it; use one above 0")
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"LoraConfig.task_type={config.task_type!r} is not supported: PEFT would load the adapter into another "
+            "kind of model; use 'CAUSAL_LM' or leave it unset"
+        )
 
 
 def targeted_parts(
@@ -99,6 +106,11 @@ def targeted_parts(
             hits[linear.name] = tuple(parts)
     known_text = ", ".join(sorted(known))
     if not hits:
+        known_text += (
+            f". A text is a regular expression for whole names, such as {name}; for names of linears give a list"
+            if isinstance(config.target_modules, str)
+            else ""
+        )
         raise ValueError(
             f"LoraConfig.target_modules={config.target_modules!r} matches no linear of the model; "
             f"its linears are: {known_text}"

@@ -169,5 +169,15 @@ def kv_cache_bytes(
     return min(layout.bytes_for(max_sequences, max_context), available)
 
 
+def check_kv_cache_bytes(layout: KVLayout, given: int, max_context: int, prefill_tokens: int) -> None:
+    """Raise ValueError where a KV cache of `given` bytes cannot hold one sequence of `max_context`."""
+    least = layout.least_bytes(max_context, prefill_tokens)
+    if given < least:
+        raise ValueError(
+            f"kv_cache_memory_bytes={given} is too little: the KV cache of one sequence of {max_context} tokens needs "
+            f"{least} ({_size(least)}). Raise it, leave it out, or lower max_context"
+        )
+
+
 def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"

@@ -9,6 +9,7 @@ import inspect
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 CHECKED_ON = {"0.26.0": "CUDA, torch 2.11", "0.32.0": "CPU, torch 2.13"}
@@ -132,12 +133,23 @@ NAMES = (
         "only the KV cache lies in the memory that sleeps",
         device="cuda",
     ),
+    VLLMName(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackend",
+        ("get_supported_head_sizes",),
+        "heads of another size would fail at the first forward",
+        device="cpu",
+    ),
 )
 ENVIRONMENT = (  # vLLM offers no argument for these; they are set while an engine starts, and put back
     "VLLM_ENABLE_V1_MULTIPROCESSING",
     "VLLM_FLOAT32_MATMUL_PRECISION",
     "VLLM_USE_FLASHINFER_SAMPLER",
 )
+
+
+class VLLMUnusable(RuntimeError):
+    """vLLM is not installed, cannot be imported, or lacks names that are used."""
 
 
 def vllm_version() -> str | None:
@@ -155,28 +167,47 @@ def vllm_version() -> str | None:
 def missing_names(device: str) -> list[str]:
     """What of the table the installed vLLM lacks on this kind of device (`cuda`, `cpu`); imports vLLM.
 
-    Raises ModuleNotFoundError where vLLM is not installed.
+    Raises VLLMUnusable where it cannot be imported.
     """
     missing = []
     for entry in NAMES:
         if entry.device not in (None, device):
             continue
         try:
-            found = getattr(import_module(entry.module), entry.name)
-        except (ImportError, AttributeError):
+            found = getattr(_imported(entry.module), entry.name)
+        except (ModuleNotFoundError, AttributeError):
             missing.append(f"{entry.module}.{entry.name}")
             continue
         missing += [f"{entry.module}.{entry.name}: {use}" for use in entry.uses if not _has(found, use)]
-    known = import_module("vllm.envs").environment_variables
+    known = _imported("vllm.envs").environment_variables
     return missing + [f"environment variable {name}" for name in ENVIRONMENT if name not in known]
 
 
+def _imported(module: str) -> ModuleType:
+    """A module of vLLM. Raises ModuleNotFoundError where there is none, VLLMUnusable where it does not load."""
+    try:
+        return import_module(module)
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("vllm"):
+            raise
+        raise VLLMUnusable(
+            f"vLLM {vllm_version()} cannot be imported ({error}): it is for another Python, PyTorch or CUDA than is "
+            "here, or something it needs is missing; install it again, or set engine='transformers'"
+        ) from error
+
+
+def check_installed() -> None:
+    """Raise VLLMUnusable where there is no vLLM."""
+    if find_spec("vllm") is None:
+        raise VLLMUnusable("engine='vllm': vLLM is not installed; install it, or set engine='transformers'")
+
+
 def check_names(device: str) -> None:
-    """Raise RuntimeError, once for all of them, where the installed vLLM lacks names that are used."""
+    """Raise VLLMUnusable where vLLM cannot be imported, or lacks names that are used, once for all of them."""
     missing = missing_names(device)
     if missing:
         versions = ", ".join(f"{number} ({where})" for number, where in CHECKED_ON.items())
-        raise RuntimeError(
+        raise VLLMUnusable(
             f"vLLM {vllm_version()} lacks {len(missing)} names that colora uses: {'; '.join(missing)}. Checked on: "
             f"{versions}. Install one of these, or set engine='transformers'"
         )
@@ -188,7 +219,10 @@ def describe(device: str) -> str:
     if installed is None:
         return "vLLM: not installed"
     checked = f"checked on {CHECKED_ON[installed]}" if installed in CHECKED_ON else "not among the versions checked"
-    missing = missing_names(device)
+    try:
+        missing = missing_names(device)
+    except VLLMUnusable as error:
+        return str(error)
     state = f"lacks {'; '.join(missing)}" if missing else f"all {len(NAMES)} names that are used are there"
     return f"vLLM: {installed} ({checked}); {state}"
 

@@ -182,7 +182,9 @@ class SharedModelLoader(DefaultModelLoader):
                     places[name].write(name, tensor)
                     continue
                 places[name].check(name, tensor)
-            elif not any(part in name for part in HARMLESS):
+            elif any(part in name for part in HARMLESS):
+                continue
+            else:
                 raise ValueError(
                     f"the checkpoint has {name}, for which vLLM's {type(model).__name__} has no place: config.json "
                     "does not describe it, or vLLM does not know that option; then set engine='transformers'"
@@ -195,7 +197,10 @@ class SharedModelLoader(DefaultModelLoader):
                 "it is incomplete, or the two do not belong together"
             )
         if tied_head is not None and not same_values(weights.embedding, tied_head):
-            raise ValueError("config.json ties the head to the embedding, but the checkpoint's differ; correct it")
+            raise ValueError(
+                "config.json ties the head to the embedding, but the checkpoint's differ; set its "
+                "tie_word_embeddings to false"
+            )
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         session = _SESSION.get()

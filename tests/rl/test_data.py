@@ -1,11 +1,12 @@
 """The order of prompts, their tokens, and the errors of datasets that cannot be trained on."""
 
 from itertools import islice
+from typing import Any
 
 import pytest
 from accelerate import skip_first_batches
 from colora.rl.data import PromptTokenizer, SparePrompts, check_dataset, prompt_loader
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -111,6 +112,21 @@ def test_text_and_messages(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_bad_datasets_are_refused_with_the_remedy(tokenizer, columns: dict, at_least: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_dataset(Dataset.from_dict(columns), "train_dataset", PromptTokenizer(tokenizer, 4), at_least)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            [{"prompt": "a"}],
+            r"train_dataset is a list: pass a datasets.Dataset, such as Dataset.from_list makes of dicts$",
+        ),
+        (DatasetDict(train=Dataset.from_dict({"prompt": ["a"]})), "is a DatasetDict: .* one of its splits: train"),
+    ],
+)
+def test_what_is_no_dataset_is_named(tokenizer, dataset: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_dataset(dataset, "train_dataset", PromptTokenizer(tokenizer, 4), 1)
 
 
 def test_a_missing_dataset_is_named(tokenizer) -> None:

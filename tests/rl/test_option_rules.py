@@ -160,6 +160,16 @@ WARNED = [
         {"overlong_buffer": 0},
     ),
     ({"dynamic_sampling_max_rounds": 3}, "no effect without dynamic_sampling", {"dynamic_sampling": True}),
+    (
+        {"activation_offload": True, "gradient_checkpointing": False},
+        "activation_offload has no effect with gradient_checkpointing=False",
+        {"activation_offload": False},
+    ),
+    (
+        {"mlp_tile_tokens": 512, "gradient_checkpointing": False},
+        "mlp_tile_tokens has no effect with gradient_checkpointing=False",
+        {"gradient_checkpointing": True},
+    ),
 ]
 
 

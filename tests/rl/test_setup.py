@@ -9,10 +9,12 @@ import torch
 from colora import GRPOConfig, load
 from colora.rl import setup
 from colora.rl.policy import Policy
+from colora.weightshare.guard import ParityError
 from colora.weightshare.linear import LoraSlot
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ..tiny_runs import CHARACTERS, EOS, PAD, tiny_checkpoint, tiny_config, tiny_tokenizer
+from ..vllm_engines import VLLM_MARKS
 
 FULL_STOP = CHARACTERS.index(".")
 
@@ -54,6 +56,14 @@ def test_stop_tokens_of_the_generation_config_alone(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").unlink()
     with pytest.raises(ValueError, match=r"completions would never end; set tokenizer\.eos_token"):
         setup.stop_token_ids(checkpoint, tokenizer)
+
+
+def test_a_checkpoint_in_the_home_directory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    name = f"~/{checkpoint.name}"
+    assert setup.model_config(name).model_type == "qwen3"
+    assert len(setup.load_tokenizer(name)) == len(setup.load_tokenizer(checkpoint))
+    setup.check_model(name, None)
 
 
 def test_the_tokenizer_beside_the_checkpoint(saved: Path) -> None:
@@ -117,3 +127,14 @@ def test_a_policy_without_an_adapter_is_refused(saved: Path, tmp_path: Path) -> 
     bare = load(str(saved), device="cpu")
     with pytest.raises(ValueError, match=r"no adapter to train: load it with colora\.load\(model, lora="):
         setup.build(bare, GRPOConfig(str(tmp_path), device="cpu"), None, max_context=64)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=VLLM_MARKS)])
+def test_an_engine_that_fails_the_self_test_is_closed(saved: Path, tmp_path: Path, engine: str) -> None:
+    """The error is kept, as a notebook does, and with it the engine: another one can be opened all the same."""
+    args = GRPOConfig(str(tmp_path), engine=engine, device="cpu", parity_limit=1e-12, report_to="none")
+    with pytest.raises(ParityError, match="step 0: engine and trainer disagree") as kept:
+        setup.build(str(saved), args, None, 64)
+    with pytest.raises(ParityError, match="step 0: engine and trainer disagree"):
+        setup.build(str(saved), args, None, 64)
+    assert kept.value.__traceback__ is not None

@@ -317,6 +317,11 @@ def test_bad_input_is_refused_before_weights_are_loaded(tmp_path: Path, model: s
         make(str(no_weights), tmp_path / "run", dataset=dataset, **options)
 
 
+def test_a_reward_function_by_name_is_refused_with_how_to_load_it(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ValueError, match="'my.py:close' names a function, .* load it with `colora.rewards.loading"):
+        make(model, tmp_path / "run", reward=[threes, "my.py:close"])
+
+
 def test_lora_targets_that_match_nothing_are_refused_before_weights_are_loaded(tmp_path: Path, model: str) -> None:
     no_weights = tmp_path / "model"
     tiny_tokenizer().save_pretrained(no_weights)

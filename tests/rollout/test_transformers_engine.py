@@ -297,8 +297,8 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(make_policy, make_requ
     assert tokens_of(engine, requests) == expected
 
 
-def request(name="a", prompt=(1, 2, 3), max_tokens=4, seed=0):
-    return RolloutRequest(name, tuple(prompt), seed, SamplingParams(max_tokens))
+def request(name="a", prompt=(1, 2, 3), max_tokens=4, seed=0, stops=()):
+    return RolloutRequest(name, tuple(prompt), seed, SamplingParams(max_tokens, stop_token_ids=stops))
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,7 @@ def request(name="a", prompt=(1, 2, 3), max_tokens=4, seed=0):
         (request("x", prompt=()), "request 'x': the prompt is empty"),
         (request("x", prompt=(1, 37)), r"request 'x': token id 37 is outside the vocabulary \(0 to 36\)"),
         (request("x", prompt=(-1, 2)), "request 'x': token id -1 is outside"),
+        (request("x", stops=(3, 37)), r"request 'x': stop token 37 is outside the vocabulary \(0 to 36\)"),
         (request("x", seed=-5), "request 'x': the seed must not be negative, got -5"),
         (request("ok"), "request 'ok': the id is in flight"),
         (request("running"), "request 'running': the id is in flight"),
@@ -373,10 +374,10 @@ def test_weights_of_another_model_are_refused(make_policy):
         TransformersEngine(policy.weights, other.config)
 
 
-@pytest.mark.parametrize("setting", ["max_context", "max_sequences", "prefill_tokens"])
-def test_limits_below_one_are_refused(setting, make_policy):
-    with pytest.raises(ValueError, match=f"{setting} must be at least 1, got 0"):
-        engine_of(make_policy("llama"), **{setting: 0})
+@pytest.mark.parametrize(("setting", "limit"), [("max_context", 0), ("max_sequences", "4"), ("prefill_tokens", 1.5)])
+def test_limits_that_are_no_whole_numbers_above_zero_are_refused(setting, limit, make_policy):
+    with pytest.raises(ValueError, match=f"{setting} must be a whole number of at least 1, got {limit!r}"):
+        engine_of(make_policy("llama"), **{setting: limit})
 
 
 def test_max_context_is_the_models_where_not_given(make_policy):

@@ -15,8 +15,9 @@ from colora.rl.policy import Policy
 from colora.rollout import vllm_engine
 from colora.rollout.engine import RolloutRequest, SamplingParams, generate
 from colora.rollout.self_test import self_test
-from colora.rollout.vllm_engine import VLLMEngine
+from colora.rollout.vllm_engine import VLLMEngine, check_vllm
 from colora.rollout.vllm_options import check_engine_kwargs
+from colora.weightshare import vllm_names
 from colora.weightshare.guard import ParityError, ParityGuard
 from colora.weightshare.vllm_names import describe
 from transformers import PreTrainedModel, Qwen3Config
@@ -263,6 +264,17 @@ def test_a_second_engine_is_refused(opened: SimpleNamespace) -> None:
         ({"engine_kwargs": {"gpu_memory_utilization": 0.5}}, "set kv_cache_memory_bytes to override"),
         ({"engine_kwargs": {"load_format": "dummy"}}, "load_format='dummy' cannot be set"),
         ({"engine_kwargs": {"max_sequences": 4, "max_num_seqs": 4}, "max_sequences": None}, "given twice"),
+        (
+            {"engine_kwargs": {"max_num_seqs": None}, "max_sequences": None},
+            "engine_kwargs: max_num_seqs=None must be a whole number of at least 1, or left out",
+        ),
+        ({"kv_cache_bytes": "4GiB"}, "kv_cache_memory_bytes='4GiB' must be a whole number"),
+        (
+            {"engine_kwargs": {"enable_chunked_prefill": True}},
+            "enable_chunked_prefill=True cannot be set on a CPU: of a seeded prompt in pieces",
+        ),
+        ({"engine_kwargs": {"long_prefill_token_threshold": 64}}, "=64 cannot be set on a CPU"),
+        ({"engine_kwargs": {"additional_config": 3}}, "additional_config=3 must be a mapping"),
         ({"dtype": torch.float64}, "dtype torch.float64 is not one that vLLM can share"),
         ({"device": "cuda"}, "is built for cpu, and the run is on cuda"),
         ({"device": "cuda:1"}, "set CUDA_VISIBLE_DEVICES"),
@@ -277,16 +289,25 @@ def test_bad_arguments(opened: SimpleNamespace, options: dict, message: str) -> 
 def test_options_are_passed_on() -> None:
     import vllm
 
+    check_vllm(torch.device("cpu"), {"max_sequences": 4, "block_size": 64})
+    with pytest.raises(ValueError, match="vLLM has no option 'max_sequence'; did you mean max_sequences"):
+        check_vllm(torch.device("cpu"), {"max_sequence": 4})
+    with pytest.raises(ValueError, match="is built for cpu, and the run is on cuda"):
+        check_vllm(torch.device("cuda"), {})
+
     given = {
         "max_sequences": 4,
         "kv_cache_dtype": "fp8",
         "compilation_config": {"mode": 0},
         "load_format": "safetensors",
+        "kv_cache_bytes": 4e9,
     }
-    assert check_engine_kwargs(given, vllm.EngineArgs) == {
+    assert check_engine_kwargs(given | {"enable_chunked_prefill": False}, vllm.EngineArgs, "cpu") == {
+        "enable_chunked_prefill": False,
         "max_num_seqs": 4,
         "kv_cache_dtype": "fp8",
         "compilation_config": {"mode": 0},
+        "kv_cache_memory_bytes": 4_000_000_000,
     }
 
 
@@ -305,6 +326,9 @@ def test_models_that_cannot_be_shared(opened: SimpleNamespace, tmp_path: Path) -
     new = edited_config(opened.directory, tmp_path / "new", architectures=["Qwen9ForCausalLM"])
     with pytest.raises(ValueError, match="does not know the architecture Qwen9ForCausalLM; use a newer vLLM"):
         open_engine(new)
+    narrow = edited_config(opened.directory, tmp_path / "narrow", head_dim=24)
+    with pytest.raises(ValueError, match=r"heads of 32, .*, and the model's have 24: set engine='transformers'"):
+        open_engine(narrow)
     quantised = edited_config(opened.directory, tmp_path / "quantised", quantization_config={"quant_method": "fp8"})
     with pytest.raises(ValueError, match=r"the checkpoint is quantised \(fp8\)"):
         open_engine(quantised)
@@ -315,6 +339,19 @@ def test_models_that_cannot_be_shared(opened: SimpleNamespace, tmp_path: Path) -
 
 def test_names_are_all_there() -> None:
     assert "names that are used are there" in describe("cpu")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("libcudart.so.13: cannot open"), OSError("libcudart.so.13: cannot open")]
+)
+def test_a_vllm_that_does_not_load_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: str) -> None:
+        raise error
+
+    monkeypatch.setattr(vllm_names, "import_module", broken)
+    assert r"cannot be imported (libcudart.so.13: cannot open): it is for another" in describe("cpu")
+    with pytest.raises(vllm_names.VLLMUnusable, match="cannot be imported .* or set engine='transformers'"):
+        check_vllm(torch.device("cpu"), {})
 
 
 def test_too_little_memory_and_what_vllm_refuses(
@@ -332,6 +369,14 @@ def test_too_little_memory_and_what_vllm_refuses(
             ValueError, match=r"KV cache of one sequence of 512 tokens.*MiB are missing.*max_context to 384"
         ):
             open_engine(opened.directory)
+    with pytest.raises(
+        ValueError, match=r"kv_cache_memory_bytes=1000 is too little: .* one sequence of 512 tokens needs"
+    ):
+        open_engine(opened.directory, kv_cache_bytes=1000)
+    with pytest.raises(
+        ValueError, match=r"^engine_kwargs: vLLM [\d.]+ refuses its options: block_size: Input should be"
+    ):
+        open_engine(opened.directory, engine_kwargs={"block_size": -1})
     windows = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
     windows["layer_types"] = ["full_attention", "sliding_attention"]
     partly = edited_config(opened.directory, tmp_path / "partly", **windows)

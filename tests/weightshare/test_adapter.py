@@ -129,6 +129,8 @@ def test_publishing_casts_in_place():
         ("megatron_config", {"a": 1}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "orthogonal"),
+        ("lora_alpha", 0),
+        ("task_type", "SEQ_CLS"),
     ],
 )
 def test_options_that_are_not_honoured_are_refused(option: str, value: object):
@@ -141,6 +143,8 @@ def test_targets_that_match_nothing_are_refused():
     for targets in (["query"], r".*\.attention\..*"):
         with pytest.raises(ValueError, match=f"matches no linear of the model; {known}"):
             policy_with(target_modules=targets)
+    with pytest.raises(ValueError, match="regular expression for whole names, such as model.layers.1.mlp.down_proj; "):
+        policy_with(target_modules="q_proj")
     with pytest.raises(ValueError, match="'lm_head' matches no linear of the model's blocks; they are: down_proj"):
         policy_with(target_modules=["q_proj", "lm_head"])
 

@@ -9,8 +9,9 @@ from colora.rl.policy import Policy, load
 from colora.rollout.engine import generate
 from colora.weightshare.guard import check_storage
 from colora.weightshare.nf4_weight import TENSOR_NAMES
+from transformers import LlamaConfig
 
-from ..models import plain_logprobs, random_lora, save_checkpoint, tiny_llama, tiny_model
+from ..models import SMALL, plain_logprobs, random_lora, save_checkpoint, tiny_model
 from ..nf4_models import merged_model, nf4_configs, quantised_model
 from ..vllm_engines import VLLM_MARKS, all_slots, engine_logprobs, open_engine, requests_of, trainer_logprobs
 
@@ -99,6 +100,6 @@ def model_head(directory: Path) -> torch.Tensor:
 
 
 def test_what_nf4_cannot_hold_is_refused(tmp_path: Path) -> None:
-    directory = save_checkpoint(tiny_llama(), tmp_path)
+    directory = save_checkpoint(tiny_model(LlamaConfig(**SMALL, head_dim=32)), tmp_path)
     with pytest.raises(ValueError, match=r"self_attn.q_proj.weight: NF4 needs rows that are a multiple of 64"):
         open_engine(directory, base="nf4", max_context=64)

@@ -111,10 +111,12 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
         open_engine(directory)
 
 
-def test_a_tied_head_that_is_stored_twice_stays_one_tensor(tmp_path: Path) -> None:
+def test_a_tied_head_that_is_stored_twice_stays_one_tensor_and_what_is_not_the_decoders_is_passed_over(
+    tmp_path: Path,
+) -> None:
     directory = save_tiny(CONFIGS[PLAIN], tmp_path)
     embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
-    rewrite(directory, **{"lm_head.weight": embedding.clone()})
+    rewrite(directory, **{"lm_head.weight": embedding.clone(), "vision_tower.patches.weight": torch.zeros(2, 2)})
     engine = open_engine(directory)
     try:
         assert engine.weights.layout.tied_head
