@@ -88,6 +88,7 @@ _LIMITS: tuple[tuple[str, bool, float, bool], ...] = (
     ("tool_timeout", False, 0, False),
     ("tool_threads", True, 1, True),
     ("conversation_timeout", False, 0, False),
+    ("seed", True, 0, True),
 )
 
 _NONE_FOR_NO_LIMIT = ("max_sequence_gap", "vllm_importance_sampling_clip_max")
@@ -147,6 +148,8 @@ def check_numbers(config: Any) -> None:
         raise ValueError(
             f"reward_failure_share={config.reward_failure_share!r} is no share of the completions: from 0 to 1 (all)"
         )
+    if config.seed >= 2**32:
+        raise ValueError(f"seed={config.seed!r} is more than NumPy's random numbers take: lower it below 2^32")
     weights = config.reward_weights
     if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
         raise ValueError(f"reward_weights={weights!r} must be a list of numbers, one for each reward function")

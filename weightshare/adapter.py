@@ -29,6 +29,8 @@ DECODER = "model"  # where the decoder's layers lie in a Hugging Face model; dee
 
 def check_lora_config(config: LoraConfig) -> None:
     """Raise ValueError, naming the option and the remedy, for everything of PEFT's LoRA that is not trained here."""
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"peft_config is a {type(config).__name__}: pass a peft.LoraConfig, such as LoraConfig(r=16)")
     variant = "the engine computes plain LoRA only; leave it unset"
     refused = {
         "use_dora": "DoRA rescales the frozen weight, which the engine shares; use plain LoRA",

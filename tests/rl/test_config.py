@@ -94,6 +94,8 @@ def test_an_option_of_a_later_trl_is_refused_off_its_default(monkeypatch):
         ({"learning_rate": math.inf}, "learning_rate=inf must be a number above 0"),
         ({"beta": -0.1}, "beta=-0.1 must be a number of at least 0"),
         ({"epsilon": None}, "epsilon=None must be a number"),
+        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
+        ({"seed": 2**32}, "seed=4294967296 is more than .* lower it"),
         ({"tokens_per_microbatch": 0}, "tokens_per_microbatch=0 must be a whole number of at least 1"),
         ({"max_completion_length": None}, "max_completion_length=None"),
         ({"max_context": 9, "max_completion_length": 9}, "max_context=9 has no room for max_completion_length=9"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from colora.rl.policy import Policy, load
-from colora.weightshare.adapter import Adapter
+from colora.weightshare.adapter import Adapter, check_lora_config
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +108,11 @@ def test_publishing_casts_in_place():
     assert slot.a.dtype == slot.b.dtype == torch.bfloat16
     assert slot.a.eq(1.0).all() and slot.b.eq(1.5).all()  # alpha / r = 1.5, rounded to bf16 after it was applied
     assert policy.adapter.slot_bytes == 2 * sum(parameter.numel() for parameter in policy.parameters())
+
+
+def test_another_kind_of_config_is_refused():
+    with pytest.raises(ValueError, match="peft_config is a dict: pass a peft.LoraConfig"):
+        check_lora_config({"r": 16})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
