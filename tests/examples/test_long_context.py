@@ -15,6 +15,7 @@ from colora.weightshare.base_format import DENSE, NF4
 from colora.weightshare.memory import GIB, KVLayout, reserve_bytes
 from transformers import AutoTokenizer, Qwen3Config
 
+from ..vllm_engines import VLLM_MARKS
 from .test_examples import load, message
 
 FACT = re.compile(r"The (\w+ \w+) unloaded (\d+) crates(?: (more|fewer) than the (\w+ \w+))?\.")
@@ -163,8 +164,9 @@ def test_it_trains_on_a_cpu_as_its_readme_says(train: ModuleType, monkeypatch: p
     assert Path("runs/long_context-tiny/adapter_model.safetensors").is_file()
 
 
-def test_the_configuration_for_a_gpu_is_a_valid_one(train: ModuleType, chat_model: str, capsys) -> None:
-    short = ["--size=2", "--held-out=1", "--device=cpu", "--dry-run"]
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=VLLM_MARKS)])
+def test_the_configuration_for_a_gpu_is_a_valid_one(train: ModuleType, chat_model: str, capsys, engine: str) -> None:
+    short = ["--size=2", "--held-out=1", "--device=cpu", f"--engine={engine}", "--dry-run"]
     lengths = ["--tokens=1500", "--max_context=2048", "--max_completion_length=512", "--base=auto"]
     assert train.main([f"--model={chat_model}", *lengths, *short]) == 0
     assert "max_num_batched_tokens: 2048" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,20 @@ def test_an_import_that_ends_the_process_is_reported(make, caplog):
     assert "importing the reward functions in advance failed" in message and "at the door" in message
 
 
+def has_ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
 def test_scoring_goes_on_where_the_server_was_killed(make):
     runner = make(workers=1)
     (server,) = set(score(runner, ["a"] * 4).extra["parent"])
     assert server in children()
     os.kill(server, signal.SIGKILL)
+    while not has_ended(server):  # until then its workers have it as their parent
+        time.sleep(0.01)
     scores = score(runner, ["a"] * 20)
     assert (scores.values == 1).all() and set(scores.extra["parent"]) != {server}
     runner.close()
