@@ -258,7 +258,7 @@ def _look(number: int) -> tuple[str, int]:
     """A process' state (Z: it has ended) and bytes of resident memory; ("?", 0) where the system does not say."""
     try:
         fields = Path(f"/proc/{number}/stat").read_bytes().rpartition(b")")[2].split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between opening and reading
         return ("?", 0)
     return fields[0].decode(), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from colora.rewards.loading import load_reward
 from colora.rewards.pool import PoolLimits
+from colora.rewards.processes import _look
 from colora.rewards.runner import RewardError, RewardRunner
 
 LIMITS = PoolLimits(workers=2, timeout=1.5, memory_gib=0.125)
@@ -108,7 +109,7 @@ def runs(number):
     """Whether a process is there and not a zombie, which is its parent's to wait for."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between opening and reading
         return False
 
 
@@ -248,6 +249,19 @@ def test_lambdas_run_here(make):
 
 def test_workers_start_without_torch(make, verifiers):
     assert score(make(verifiers("torch_loaded")), ["a"]).values.item() == 0
+
+
+def test_a_process_that_ends_while_it_is_looked_at():
+    """Between opening and reading its file, which happens to dozens of these on any machine."""
+    seen = set()
+    for _ in range(100):
+        with subprocess.Popen(["true"]) as process:
+            waiting = threading.Thread(target=process.wait)
+            waiting.start()
+            while waiting.is_alive():
+                seen.add(_look(process.pid)[0])
+            assert _look(process.pid) == ("?", 0)
+    assert seen <= set("RSDZX?")
 
 
 def test_workers_end_with_a_killed_parent(verifiers, tmp_path):
