@@ -134,8 +134,7 @@ def measure(case: Case, rows: int, bandwidth: float, report: Report) -> None:
         assert adapted_error < 6e-3, f"{case.name} rows {rows} with the adapter: relative error {adapted_error:.5f}"
         more["microseconds_with_adapter"] = round(timed(lambda stored: case.adapted(x, stored), case.stored)[0], 2)
     if rows <= form.max_rows:
-        program_rows = min(count for count in form.tuning.rows if count >= rows)
-        more["config"] = list(vars(form.tuning.chosen(x.device, case.shape, program_rows)).values())
+        more["config"] = list(vars(form.tuning.chosen(x.device, case.shape, rows)).values())
     if rows in BARS:
         more |= {"bar": BARS[rows], "bar_is": "times cuBLAS' speed in bf16, same run"}
     floor = case.stored[0].nbytes / bandwidth * 1e6

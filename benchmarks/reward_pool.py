@@ -42,6 +42,15 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def with_bad_samples(completions: list[str], each: int) -> list[str]:
+    """The completions, in every hundred of the first `each` hundreds one sample of every bad kind."""
+    hostile = list(completions)
+    for offset, kind in enumerate(BAD):
+        for index in range(each):
+            hostile[index * 100 + 23 * offset + 7] = kind
+    return hostile
+
+
 def step(runner: RewardRunner, completions: list[str]) -> tuple[float, Counter[str]]:
     """Seconds of one step and the failures by kind, every score checked."""
     prompts = [f"question {index}" for index in range(len(completions))]
@@ -99,11 +108,8 @@ def main() -> None:
     verifier = load_reward(f"{Path(__file__).with_name('hostile_verifier.py')}:verify")
     runner = RewardRunner([verifier], workers=limits)
     clean = [f"answer {index}" for index in range(args.samples)]
-    hostile = list(clean)
     each = args.samples // 100
-    for offset, kind in enumerate(BAD):
-        for index in range(each):
-            hostile[index * 100 + 23 * offset + 7] = kind
+    hostile = with_bad_samples(clean, each)
     step(runner, clean[: 4 * args.workers])  # starts the workers
     clean_times = [step(runner, clean)[0] for _ in range(3)]
     clean_seconds = statistics.median(clean_times)

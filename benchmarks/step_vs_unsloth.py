@@ -4,7 +4,7 @@
 
 The checkpoint is dense; both sides quantise it as they load it, Unsloth to NF4, ours to each of `--bases`. Unsloth pins
 versions of its own: DIRECTORY has it and what it needs beside the installed packages (`pip install --target DIRECTORY
-unsloth ...`). Each side runs in a process of its own; the file is written after each.
+unsloth ...`). Each side runs in a process of its own; the file is written after each of `--bases`.
 """
 
 import os

@@ -52,6 +52,11 @@ def random_adapter(out_features: int, in_features: int, device: torch.device, ra
     return Adapter(a, b, [(0, out_features, 0, 0)])
 
 
+def rows_of_program(rows: int) -> int:
+    """Rows of x that a program takes, given how many there are; how a product is cut up is chosen by it."""
+    return max(8, triton.next_power_of_2(rows))
+
+
 @cache
 def _all_counters(device: torch.device) -> Tensor:
     """The zeros that launches on a device share: [0] those of launches made one by one, [1] of those in CUDA graphs."""
@@ -79,7 +84,7 @@ def adapter_programs(x: Tensor, adapter: Adapter | None) -> tuple[int, dict[str,
     numbers = [number for part in adapter.parts for number in part] if adapter is not None else []
     arguments: dict[str, Any] = dict.fromkeys(VARYING, 0) | dict(zip(_ARGUMENTS, numbers, strict=False))
     rows, in_features = x.shape
-    block_rows = min(_ROWS, max(8, triton.next_power_of_2(rows)))
+    block_rows = min(_ROWS, rows_of_program(rows))
     if adapter is None:
         unused = {"A": None, "B": None, "u": None, "pieces_of_u": None}
         return 0, arguments | unused | {"ADAPTED": False, "DOWN_ROWS": block_rows, "RANK": 0, "BLOCK_R": 16}

@@ -18,6 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .few_rows_adapter import rows_of_program
+
 Shape = tuple[int, int]  # out, in
 C = TypeVar("C")  # a frozen dataclass of numbers
 RESIDENT_WARPS, CYCLES_A_SPLIT = 16, 100  # of an H200's multiprocessor, for `ranked_splits`
@@ -70,6 +72,7 @@ class Tuning(Generic[C]):
     Attributes:
         name: of its files.
         config: the type of its configs.
+        dtypes: of x that it multiplies.
         rows: the numbers of rows that have a config each.
         candidates: (shape, rows, multiprocessors of the GPU) -> what to measure, the rule of thumb first.
         random_matrix: a quantised matrix, and its bytes.
@@ -78,6 +81,7 @@ class Tuning(Generic[C]):
 
     name: str
     config: type[C]
+    dtypes: Sequence[torch.dtype]
     rows: Sequence[int]
     candidates: Callable[[Shape, int, int], list[C]]
     random_matrix: Callable[[Shape, torch.device], tuple[Any, int]]
@@ -96,8 +100,8 @@ class Tuning(Generic[C]):
         return base / "colora" / f"{self.name}_linear.json"
 
     def chosen(self, device: torch.device, shape: Shape, rows: int) -> C:
-        """The config for a matrix of this shape and so many rows, one of `self.rows`."""
-        key = (device, shape, rows)
+        """The config for a matrix of this shape and `rows` rows of x."""
+        key = (device, shape, rows_of_program(rows))
         if key not in self._found:
             self._found[key] = self._look_up(*key)
         return self._found[key]
@@ -111,7 +115,12 @@ class Tuning(Generic[C]):
         return self.candidates(shape, rows, _processors(device))[0]
 
     def tune_unknown(self, shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
-        """`tune` for the shapes of which neither the cache nor the table of known GPUs has anything."""
+        """`tune` for the shapes of which neither the cache nor the table of known GPUs has anything.
+
+        Nothing is measured for a dtype that the kernel does not multiply.
+        """
+        if dtype not in self.dtypes:
+            return
         known = self._read(self.known).get(torch.cuda.get_device_name(device), {})
         self.tune([shape for shape in shapes if _key(shape) not in known], dtype, device)
 

@@ -8,10 +8,20 @@ import torch
 import triton
 from torch import Tensor
 
-from .few_rows_adapter import MAX_PARTS, MAX_RANK, MAX_TILES, Adapter, adapter_programs, counters, starts_ahead
+from .few_rows_adapter import (
+    MAX_PARTS,
+    MAX_RANK,
+    MAX_TILES,
+    Adapter,
+    adapter_programs,
+    counters,
+    rows_of_program,
+    starts_ahead,
+)
 from .fp4 import CHUNK, FP4Tensor
 from .fp4_linear_triton import fp4_linear_kernel
 
+DTYPES = (torch.bfloat16,)  # of x
 MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
 _TOGETHER_ROWS = 64  # of x, that warps multiply together at least: the M of wgmma
 _REGISTERS = 2**16  # of a multiprocessor
@@ -43,13 +53,8 @@ class Config:
 def fits(x: Tensor, parts: int = 0, rank: int = 0) -> bool:
     """Whether `launch` takes x (rows, in) and so many parts of that rank, and is faster than decoding W and cuBLAS."""
     counters(x.device)  # now: the first call with few rows may come in a graph's capture
-    takes_x = x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
+    takes_x = x.dtype in DTYPES and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
     return takes_x and parts <= MAX_PARTS and rank <= MAX_RANK
-
-
-def rows_of_program(rows: int) -> int:
-    """Rows of x that a program takes, given how many there are; `Config`s are chosen by it."""
-    return max(8, triton.next_power_of_2(rows))
 
 
 def step_chunks(in_features: int, chunks: int) -> int:

@@ -6,11 +6,21 @@ import torch
 import triton
 from torch import Tensor
 
-from .few_rows_adapter import MAX_PARTS, MAX_RANK, MAX_TILES, Adapter, adapter_programs, counters, starts_ahead
+from .few_rows_adapter import (
+    MAX_PARTS,
+    MAX_RANK,
+    MAX_TILES,
+    Adapter,
+    adapter_programs,
+    counters,
+    rows_of_program,
+    starts_ahead,
+)
 from .nf4 import BLOCK, NF4Tensor
 from .nf4_linear_triton import nf4_linear_kernel
 from .nf4_triton import decoding_tables
 
+DTYPES = (torch.bfloat16, torch.float16)  # of x
 MAX_ROWS = 64  # of x; above, decoding everything once and cuBLAS take less time
 _COLUMNS = 256 * BLOCK  # of a program: so few that they are of at most two groups of scales
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # as many scale codes as divide those of a row
@@ -43,14 +53,8 @@ def fits(x: Tensor, parts: int = 0, rank: int = 0) -> bool:
     """Whether `launch` takes x (rows, in) and so many parts of that rank, and is faster than decoding W and cuBLAS."""
     counters(x.device)  # both now: the first call with few rows may come in a graph's capture
     decoding_tables(x.device)
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    takes_x = half and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
+    takes_x = x.dtype in DTYPES and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
     return takes_x and parts <= MAX_PARTS and rank <= MAX_RANK
-
-
-def rows_of_program(rows: int) -> int:
-    """Rows of x that a program computes, given how many there are; `Config`s are chosen by it."""
-    return max(8, triton.next_power_of_2(rows))
 
 
 def step_blocks(in_features: int, blocks: int) -> int:

@@ -40,11 +40,12 @@ def _nf4_linear(
     if rows.is_cuda:  # where there is a GPU there is Triton
         from .few_rows_adapter import Adapter
         from .nf4_few_rows import fits, launch
-        from .nf4_tuning import chosen
+        from .nf4_tuning import TUNING
 
         if fits(rows, len(parts), 0 if b is None else b.shape[1]):
             adapter = None if a is None or b is None else Adapter(a, b, parts)
-            y = launch(rows, weight, bias, adapter, chosen(rows.device, weight.shape, rows.shape[0]))
+            config = TUNING.chosen(rows.device, weight.shape, rows.shape[0])
+            y = launch(rows, weight, bias, adapter, config)
             return y.view(*x.shape[:-1], weight.shape[0])
     y = frozen_linear(rows, weight, bias)
     if a is not None and b is not None:

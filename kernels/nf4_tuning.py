@@ -1,6 +1,5 @@
 """Which `Config` the NF4 product of few rows uses; see `few_rows_tuning`. Known GPUs are in `nf4_configs.json`."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -9,7 +8,7 @@ import triton
 from .few_rows_adapter import Adapter, random_adapter
 from .few_rows_tuning import Shape, Speed, Tuning, ranked_splits
 from .nf4 import BLOCK, NF4Tensor, empty
-from .nf4_few_rows import MAX_ROWS, Config, launch, rows_of_program, step_blocks
+from .nf4_few_rows import DTYPES, MAX_ROWS, Config, launch, step_blocks
 
 # Outs, warps, warps sharing rows of W, blocks, buffers and registers of the programs worth measuring, by rows; each is
 # compiled where it is.
@@ -49,18 +48,9 @@ def _random_matrix(shape: Shape, device: torch.device) -> tuple[tuple[NF4Tensor,
 TUNING = Tuning(
     "nf4",
     Config,
+    DTYPES,
     list(_KINDS),
     candidates,
     _random_matrix,
     lambda x, given, config: launch(x, given[0], None, given[1], config),
 )
-
-
-def chosen(device: torch.device, shape: Shape, rows: int) -> Config:
-    """The config for a matrix of this shape and `rows` rows of x."""
-    return TUNING.chosen(device, shape, rows_of_program(rows))
-
-
-def tune_unknown(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
-    """Measure the shapes of which nothing is known yet."""
-    TUNING.tune_unknown(shapes, dtype, device)

@@ -213,12 +213,12 @@ class SharedModelLoader(DefaultModelLoader):
 
 def _tune_products(weights: SharedWeights) -> None:
     """Measure which 4-bit kernel suits this GPU, once for each shape: later they are captured in graphs."""
-    if weights.device.type != "cuda" or weights.dtype.itemsize != 2:
+    if weights.device.type != "cuda":
         return
     from ..kernels import fp4_tuning, nf4_tuning  # where there is a GPU there is Triton
 
     storages = [linear.weight for linear in weights.linears.values()]
-    for kind, tuning in ((NF4Weight, nf4_tuning), (FP4Weight, fp4_tuning)):
+    for kind, tuning in ((NF4Weight, nf4_tuning.TUNING), (FP4Weight, fp4_tuning.TUNING)):
         quantised = [weight for weight in storages if isinstance(weight, kind)]
         shapes = dict.fromkeys((weight.out_features, weight.in_features) for weight in quantised)
         if shapes:

@@ -183,7 +183,7 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 def test_large_shapes_on_the_card(case: Case) -> None:
     """All candidates for the shape, twice each: the same bits, whoever finishes last."""
-    from colora.kernels.nf4_few_rows import rows_of_program
+    from colora.kernels.few_rows_adapter import rows_of_program
     from colora.kernels.nf4_tuning import candidates
 
     given = operands(case, torch.bfloat16)
