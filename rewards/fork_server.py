@@ -21,8 +21,9 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
+from typing import NoReturn
 
-from .worker import FunctionReference, serve
+from .worker import FunctionReference, end_with_parent, serve
 
 logger = logging.getLogger(__name__)
 REAP_SECONDS = 0.005  # how often it is looked whether a killed worker has ended
@@ -52,15 +53,27 @@ def serve_forks(descriptor: int, memory_bytes: int, preload: bool) -> None:
     if preload and not _can_be_forked():
         os.execv(sys.executable, command(descriptor, memory_bytes, preload=False))
     gc.freeze()  # a collection in a worker would write to, and so copy, the memory that is shared
-    control.send("ready")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, how a worker ended would be forgotten, and its number free
     alive: set[int] = set()
     ended: set[int] = set()
+    try:
+        control.send("ready")
+        _serve_requests(control, functions, alive, ended)
+    except (EOFError, ConnectionError):
+        pass  # the pool is gone, perhaps in the middle of a request
+    finally:
+        for number in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(number, signal.SIGKILL)
+        for number in alive | ended:
+            os.waitpid(number, 0)
+
+
+def _serve_requests(control: Connection, functions: dict[int, Callable], alive: set[int], ended: set[int]) -> NoReturn:
+    """Until the connection breaks, which raises. `alive` and `ended` hold the workers that are to be waited for."""
     while True:
         if control.poll(REAP_SECONDS if ended else None):
-            try:
-                request, number = control.recv()
-            except (EOFError, ConnectionResetError):
-                break
+            request, number = control.recv()
             if request == "fork":
                 number = _fork(control, functions)
                 alive.add(number)
@@ -71,11 +84,6 @@ def serve_forks(descriptor: int, memory_bytes: int, preload: bool) -> None:
                 alive.remove(number)
                 ended.add(number)
         ended -= {number for number in ended if os.waitpid(number, os.WNOHANG)[0]}
-    for number in alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(number, signal.SIGKILL)
-    for number in alive | ended:
-        os.waitpid(number, 0)
 
 
 def _load(references: dict[int, FunctionReference]) -> dict[int, Callable]:
@@ -105,9 +113,10 @@ def _fork(control: Connection, functions: dict[int, Callable]) -> int:
     """The process number of a new worker."""
     descriptors = recv_handle(control), recv_handle(control)
     sys.stdout.flush()
+    server = os.getpid()
     number = os.fork()
     if number == 0:
-        _become_worker(control, *descriptors, functions)
+        _become_worker(control, *descriptors, functions, server)
     with contextlib.suppress(OSError):  # the worker does it too: whoever comes first
         os.setpgid(number, number)
     for descriptor in descriptors:
@@ -115,7 +124,7 @@ def _fork(control: Connection, functions: dict[int, Callable]) -> int:
     return number
 
 
-def _become_worker(control: Connection, descriptor: int, log: int, functions: dict[int, Callable]) -> None:
+def _become_worker(control: Connection, descriptor: int, log: int, functions: dict[int, Callable], server: int) -> None:
     """Serve and end the process; does not return."""
     status = 1
     try:
@@ -126,6 +135,7 @@ def _become_worker(control: Connection, descriptor: int, log: int, functions: di
         os.close(log)
         if "numpy" in sys.modules:  # unlike Python's own generator, it is not seeded anew by a fork
             sys.modules["numpy"].random.seed()
+        end_with_parent(server)
         serve(Connection(descriptor), functions)
         status = 0
     except SystemExit as ending:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ class Judge:
         self.options = {"temperature": 0.0} if options is None else dict(options)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._concurrency = concurrency
-        self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._slots = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
 
     async def __call__(
         self,
@@ -179,11 +180,8 @@ class Judge:
         return (score - low) / (high - low)
 
     def _semaphore(self) -> asyncio.Semaphore:
-        """One for all calls on an event loop, which it belongs to."""
-        loop = asyncio.get_running_loop()
-        if self._slots is None or self._slots[0] is not loop:
-            self._slots = loop, asyncio.Semaphore(self._concurrency)
-        return self._slots[1]
+        """One for all calls on an event loop, which it belongs to; several threads may have one each."""
+        return self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._concurrency))
 
 
 def _conversation(prompt: Completion) -> str:

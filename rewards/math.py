@@ -83,25 +83,31 @@ def _compare(text: str, reference: str | None) -> float | None:
 
 @functools.lru_cache(maxsize=1024)  # the completions of a group share theirs
 def _parse_reference(reference: str) -> tuple[Any, ...]:
-    return _parse(reference)
+    # What is kept for good must not depend on a moment in which the machine was busy: time is the wall clock's.
+    return _parse(reference, attempts=2)
 
 
-def _parse(text: str) -> tuple[Any, ...]:
-    """What math-verify finds in a text: one expression of sympy, or nothing."""
+def _parse(text: str, attempts: int = 1) -> tuple[Any, ...]:
+    """What math-verify finds in a text: one expression of sympy, or nothing. `attempts` while time runs out."""
     words = [word for word in _WORD.findall(text) if not _FUNCTIONS.fullmatch(word)]
     if text.strip() and not words and not _DELIMITERS.search(text):
         text = "$" + text.strip().replace("**", "^") + "$"  # all of it is the formula; else only numbers are found
     math_verify = _math_verify()
-    try:
-        # Without its fallback to text, which would compare what could not be parsed letter by letter.
-        return tuple(math_verify.parse(text, fallback_mode="no_fallback", parsing_timeout=TIMEOUT, raise_on_error=True))
-    except (Exception, math_verify.errors.TimeoutException) as error:  # as in `_compare`
-        logger.debug("parsing an answer gave up: %s", type(error).__name__)
-        return ()
+    # Without its fallback to text, which would compare what could not be parsed letter by letter.
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": TIMEOUT, "raise_on_error": True}
+    for _ in range(attempts):
+        try:
+            return tuple(math_verify.parse(text, **options))
+        except math_verify.errors.TimeoutException:
+            logger.debug("parsing an answer took too long")
+        except Exception as error:  # as in `_compare`
+            logger.debug("parsing an answer gave up: %s", type(error).__name__)
+            break
+    return ()
 
 
 def _compare_in_process(pairs: Sequence[tuple[str, str | None]]) -> list[float | None]:
-    limit = START_SECONDS + 3 * TIMEOUT * len(pairs)
+    limit = START_SECONDS + 4 * TIMEOUT * len(pairs)
     # -P: modules in the current directory shadow nothing.
     command = [sys.executable, "-P", "-m", __name__]
     try:

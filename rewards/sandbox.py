@@ -206,7 +206,11 @@ def _directory() -> Iterator[str]:
         except RecursionError:
             logger.debug("a program nested its directories too deep for shutil.rmtree")
         if os.path.exists(directory):
-            subprocess.run(["rm", "-rf", "--", directory], check=True)
+            # What a program has made unreadable is ours all the same, but only root gets past the mode.
+            subprocess.run(["chmod", "-R", "u+rwx", "--", directory], capture_output=True)
+            removal = subprocess.run(["rm", "-rf", "--", directory], capture_output=True, text=True)
+            if removal.returncode:  # by a process that left the group: no reason to end whoever runs programs
+                logger.warning("a program's directory stays behind: %s", removal.stderr.strip())
 
 
 def _watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:

@@ -3,11 +3,11 @@
 Imports nothing heavy: a worker's memory is what the reward functions import, and not torch.
 """
 
+import ctypes
 import faulthandler
 import os
 import pickle
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from typing import Any
 from .call_log import CallLog
 from .loading import load_reward_file
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
 STARTED = b""  # sent when a function is loaded and its first call begins: importing it does not count as calling it
 
 
@@ -66,14 +67,12 @@ def serve(connection: Connection, functions: dict[int, Callable]) -> None:
     """Answer calls until the other end of the connection is closed. `functions`, by number, are loaded already."""
     faulthandler.enable(all_threads=False)  # a crash leaves its stack in the log
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # asked for before a worker that hangs is killed
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
             message = connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             return
         connection.send_bytes(_answer(message, functions, connection))
-        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that a function left behind would end the next call
 
 
 def _answer(message: bytes, functions: dict[int, Callable], connection: Connection) -> bytes:
@@ -85,7 +84,11 @@ def _answer(message: bytes, functions: dict[int, Callable], connection: Connecti
             start = time.perf_counter()
         connection.send_bytes(STARTED)
         arguments |= {name: getattr(log, name) for name in logs}
-        answer = Answer(functions[number](**arguments), log.extra, log.metrics)
+        try:
+            returned = functions[number](**arguments)
+        finally:  # an alarm that it left behind would end the worker, or the next call
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        answer = Answer(returned, log.extra, log.metrics)
     except Exception as error:  # whatever a user's function raises is reported by name and sample
         answer = Answer(raised=_portable(error))
     answer.seconds = time.perf_counter() - start
@@ -108,11 +111,15 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _end_with_parent(parent: int) -> None:
-    """A hanging worker does not see that the other end of its connection is closed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGKILL)
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, which may have happened already.
+
+    A worker that hangs does not see that the other end of its connection is closed, and one that hangs in C code, as in
+    a regular expression, lets no thread look for it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pack_call(number: int, reference: FunctionReference, logs: list[str], arguments: dict[str, Any]) -> bytes:

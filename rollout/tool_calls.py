@@ -146,7 +146,7 @@ class ToolCaller:
         return [call]
 
     def _cut_off(self, call: Call, now: float) -> Call:
-        call.timed_out = True
+        call.timed_out = call._ended = True  # before `_cancel` is looked for: see `_await`
         self.abandoned += 1
         if is_async(call.function):
             self._cancelled_at[call] = now
@@ -198,16 +198,15 @@ class ToolCaller:
         return self._loops[-1]
 
     def _launch(self, loop: asyncio.AbstractEventLoop, call: Call) -> None:
-        if call._ended:  # its time was up before a blocked loop came to it
-            self._returned.put((call, None, None))
-            return
         task = loop.create_task(self._await(call))
         call._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
 
     async def _await(self, call: Call) -> None:
         result, error = None, None
         try:
-            result = _converted(call, await call.function(**call.arguments))
+            # Where its time was up before a blocked loop came to it, perhaps before it could be cancelled: not at all.
+            if not call._ended:
+                result = _converted(call, await call.function(**call.arguments))
         except BaseException as raised:  # CancelledError too, where the tool raises it itself
             error = raised
         self._returned.put((call, result, error))

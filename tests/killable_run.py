@@ -1,11 +1,12 @@
 """A run of 30 steps that tells how far it is, to be killed by `rl/test_kill.py`. Executed with `runpy`, not imported.
 
-The global `arguments` has `model` and `output` (directories), `engine`, `options` (of GRPOConfig) and `events`, a
-connection on which (what, step) is sent: what it is about to do.
+The global `arguments` has `model` and `output` (directories), `engine`, `options` (of GRPOConfig), `events`, a
+connection on which (what, step) is sent: what it is about to do, and `hold`: after that step it waits to be killed.
 """
 
 import gc
 import random
+import time
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ class Tell(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         events.send(("saving", state.global_step))
+        while state.global_step >= arguments["hold"]:
+            time.sleep(1)
 
     def on_save(self, args, state, control, **kwargs):
         events.send(("saved", state.global_step))

@@ -46,7 +46,7 @@ def test_the_page_from_its_top_to_a_trained_model(
     run_first, run_again, dry_run, train, replay = commands(page)
     monkeypatch.chdir(tmp_path)
     Path("sums_rewards.py").write_text(first_try)
-    subprocess.run([sys.executable, "-c", tries], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", tries], check=True, timeout=120)
     assert colora(run_first) == 0
     assert timeless(capsys.readouterr().out) == timeless(shown)
 
@@ -56,7 +56,7 @@ def test_the_page_from_its_top_to_a_trained_model(
     assert [row["rewards"]["close"] for row in scored] == [1, 1, 1, 0]
     assert [row["rewards"]["XmlSections"] for row in scored] == [1, 0, 1, 0]
 
-    subprocess.run([sys.executable, "-c", data], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", data], check=True, timeout=120)
     assert len(Path("sums.jsonl").read_text().splitlines()) == 99
     Path("sums.yaml").write_text(run.replace(MODEL, chat_model))
     short = ["--max_steps", "1", "--max_completion_length", "8", "--device", "cpu", "--report_to", "none"]

@@ -55,7 +55,7 @@ def test_leaving_before_the_assertions_does_not_pass(leave):
 @needs_sandbox
 def test_endless_loops_are_stopped_and_counted():
     metrics = {}
-    reward = CodeReward(limits=Limits(seconds=0.3), most_timeouts=1, concurrency=2)
+    reward = CodeReward(limits=Limits(seconds=0.3, cpu_seconds=60), most_timeouts=1, concurrency=2)
     scores = reward([fenced("while True: pass"), "none"], tests=[PAIRS * 50] * 2, log_metric=metrics.__setitem__)
     assert scores == [0.0, 0.0]
     assert metrics == {"code/no_block": 0.5, "code/limit_time": 1.0}

@@ -1,16 +1,23 @@
 """Where reward workers come from: what they share, what they must not, and what becomes of a server that fails."""
 
 import os
+import pickle
 import signal
+import subprocess
+import tempfile
 import time
+from multiprocessing import Pipe
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 
 import pytest
+from colora.rewards import fork_server
 from colora.rewards.loading import load_reward
 from colora.rewards.pool import PoolLimits
 from colora.rewards.runner import RewardError, RewardRunner
+from colora.rewards.worker import FunctionReference, pack_call
 
-from .test_pool import children
+from .test_pool import children, runs
 
 MODULE = """
 import os, random, sys, threading, time
@@ -119,3 +126,84 @@ def test_scoring_goes_on_where_the_server_was_killed(make):
     assert (scores.values == 1).all() and set(scores.extra["parent"]) != {server}
     runner.close()
     assert not Path(f"/proc/{server}").exists()
+
+
+def test_how_a_worker_ended_is_known_where_a_module_ignores_its_children(make):
+    """Ignored, they are reaped by the kernel: the server would find none to wait for and end, with all its workers."""
+    ignoring = "import signal\nif WORKERS: signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    runner = make(ignoring, workers=1)
+    scores = score(runner, ["a"] * 4 + ["exit"] + ["a"] * 3)
+    (failure,) = scores.failures
+    assert "its worker process ended with exit status 5" in failure.reason
+    assert set(scores.extra["parent"]) - {None} == set(score(runner, ["a"] * 4).extra["parent"])
+
+
+HANGING = """
+import os, re, subprocess
+
+def hang(completions):
+    child = subprocess.Popen(["sleep", "300"])
+    with open("{told}.new", "w") as file: file.write(f"{{os.getpid()}} {{child.pid}}")
+    os.replace("{told}.new", "{told}")
+    re.match("(a+)+$", "a" * 60 + "b")  # holds the interpreter's lock
+"""
+
+
+class HangingServer:
+    """A server with one worker, which hangs in C code and has a child."""
+
+    def __init__(self, folder: Path):
+        told, file = folder / "told", folder / "hanging.py"
+        file.write_text(HANGING.format(told=told))
+        self.control, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                fork_server.command(theirs.fileno(), 1 << 33, preload=False),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        assert self.control.recv() == "ready"
+        self.worker, theirs = Pipe()
+        self.control.send(("fork", 0))
+        with theirs, tempfile.TemporaryFile() as log:
+            for descriptor in (theirs.fileno(), log.fileno()):
+                send_handle(self.control, descriptor, self.process.pid)
+            self.number = self.control.recv()
+        reference = FunctionReference(pickle.dumps(load_reward(f"{file}:hang")), (str(file),))
+        self.worker.send_bytes(pack_call(0, reference, [], {"completions": ["a"]}))
+        while not told.exists():
+            time.sleep(0.01)
+        self.left = list(map(int, told.read_text().split()))
+
+    def all_ended(self, numbers: list[int]) -> bool:
+        """Waits for it, for a minute."""
+        deadline = time.monotonic() + 60
+        while any(map(runs, numbers)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not any(map(runs, numbers))
+
+
+@pytest.mark.parametrize("at", ["rest", "an answer", "half a request"])
+def test_a_pool_that_is_killed_at_any_moment_leaves_nothing_behind(tmp_path, at):
+    server = HangingServer(tmp_path)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    if at == "an answer":
+        server.control.send(("how", server.number))  # takes it a second, then nobody hears
+    if at == "half a request":
+        server.control.send(("fork", 0))
+    server.control.close()
+    server.worker.close()
+    os.kill(server.process.pid, signal.SIGCONT)
+    assert server.process.wait(60) == 0
+    assert server.all_ended(server.left)
+
+
+def test_a_worker_that_hangs_in_c_code_ends_with_a_killed_server(tmp_path):
+    server = HangingServer(tmp_path)
+    server.process.kill()
+    server.process.wait()
+    number, child = server.left
+    assert number == server.number and server.all_ended([number])
+    os.kill(child, signal.SIGKILL)  # only a server that ends by itself ends those too
+    server.control.close()
+    server.worker.close()

@@ -1,5 +1,6 @@
 """Reward functions in worker processes: what hangs, dies or swells costs its own sample and nothing else."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,10 @@ LIMITS = PoolLimits(workers=2, timeout=1.5, memory_gib=0.125)
 VERIFIERS = """
 import ctypes, functools, os, signal, subprocess, sys, time
 
+def swell():
+    # Over the limit on memory, which the pool finds in its time, and under the one on the data segment.
+    return [bytearray(b"x" * (1 << 22)) for _ in range(36)]
+
 def verify(completions, **kwargs):
     return [_verify(completion) for completion in completions]
 
@@ -28,14 +33,16 @@ def _verify(text):
     if text == "hang":
         while True: pass
     if text == "child":
-        child = subprocess.Popen(["sleep", "300"]); open(CHILD, "w").write(str(child.pid)); child.wait()
+        child = subprocess.Popen(["sleep", "300"])
+        with open(CHILD + ".new", "w") as file: file.write(str(child.pid))
+        os.replace(CHILD + ".new", CHILD)
+        kept = swell(); child.wait()
     if text == "exit":
         os._exit(3)
     if text == "segfault":
         ctypes.string_at(0)
     if text == "swell":
-        kept = []
-        while True: kept.append(bytearray(b"x" * (1 << 22)))
+        kept = swell(); time.sleep(300)
     if text == "huge":
         return len(bytearray(1 << 36))
     if text == "print":
@@ -47,17 +54,19 @@ def _verify(text):
 def alarmed(completions, **kwargs):
     class TimeUp(Exception): pass
     def stop(*_): raise TimeUp
+    left_behind = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)
     signal.signal(signal.SIGALRM, stop)
     scores = []
     for completion in completions:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         try:
-            time.sleep(60 if completion == "slow" else 0)
+            if completion == "slow":
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                time.sleep(60)
             scores.append(1.0)
         except TimeUp:
             scores.append(0.0)
-    signal.alarm(1)  # left behind
-    return scores
+    signal.alarm(300)  # it would end a later call
+    return [None] * len(scores) if left_behind else scores
 
 def logs(completions, trainer_state, log_extra, log_metric, answer):
     log_extra("pid", [os.getpid()] * len(completions))
@@ -114,9 +123,13 @@ def runs(number):
 
 
 def children():
-    """This process's children, zombies included."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    """This process's children, zombies included. The kernel's own list can miss some while another one ends."""
+    found = set()
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parent = int(Path(f"/proc/{number}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            found |= {int(number)} if parent == os.getpid() else set()
+    return found
 
 
 def test_bad_samples_cost_only_themselves(make, verifiers):
@@ -126,7 +139,7 @@ def test_bad_samples_cost_only_themselves(make, verifiers):
     bad = {10: "hang", 60: "exit", 61: "segfault", 100: "swell", 101: "huge", 150: "print"}
     for index, text in bad.items():
         completions[index] = text
-    resident = []
+    resident, where_it_hung = [], []
     for _ in range(3):
         scores = score(runner, completions)
         expected = [float(len(text)) for text in completions]
@@ -140,19 +153,23 @@ def test_bad_samples_cost_only_themselves(make, verifiers):
         )
         kinds = Counter(failure.kind for failure in scores.failures)
         assert kinds == {"timeout": 1, "died": 2, "memory": 2}
-        assert "did not return within 1.5 s" in lost[10].reason and "in _verify" in lost[10].reason
+        assert "did not return within 1.5 s" in lost[10].reason
+        where_it_hung.append("in _verify" in lost[10].reason)
         assert "ended with exit status 3" in lost[60].reason and "SIGSEGV" in lost[61].reason
         assert "over 0.125 GiB" in lost[100].reason and "MemoryError" in lost[101].reason
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert any(where_it_hung)  # a worker that does not run in the second after it is asked has no time to write it
     assert (resident[-1] - resident[0]) * os.sysconf("SC_PAGE_SIZE") < 8 << 20
     runner.close()
-    assert children() == before
+    assert children() <= before
 
 
 def test_processes_of_a_lost_worker_end_with_it(make, verifiers, tmp_path):
-    score(make(verifiers("verify"), failure_share=1), ["child"])
+    limits = PoolLimits(1, timeout=60, memory_gib=LIMITS.memory_gib)
+    (lost,) = score(make(verifiers("verify"), limits=limits, failure_share=1), ["child"]).failures
+    assert lost.kind == "memory"
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while runs(child) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not runs(child)
@@ -161,7 +178,6 @@ def test_processes_of_a_lost_worker_end_with_it(make, verifiers, tmp_path):
 def test_alarms_work(make, verifiers):
     runner = make(verifiers("alarmed"), limits=PoolLimits(1, timeout=20))
     assert score(runner, ["", "slow", ""]).values[:, 0].tolist() == [1, 0, 1]
-    time.sleep(1.2)  # the alarm that was left behind would have ended the worker
     scores = score(runner, ["", "slow"])
     assert scores.values[:, 0].tolist() == [1, 0] and not scores.failures
 
@@ -279,13 +295,13 @@ def test_workers_end_with_a_killed_parent(verifiers, tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
         child = tmp_path / "child"
         deadline = time.monotonic() + 60
-        while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
+        while not child.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         left = [int(child.read_text())]  # the function's own child, the worker, and what that was forked from
         for _ in range(2):
             left.append(int(Path(f"/proc/{left[-1]}/stat").read_text().split()[3]))
         parent.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(runs, left)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(runs, left))

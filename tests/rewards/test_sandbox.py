@@ -29,8 +29,9 @@ MARK = f"test-{os.getpid()}"  # an argument: other sandboxes of the machine are 
 AVAILABLE = [name for name in LAYERS if not REASONS[name]]
 
 
-def run(source, **kwargs):
-    return run_python(source, require=AVAILABLE, **kwargs)
+def run(source, limits=None, **kwargs):
+    """With more time than is needed on any machine, where a test says nothing else."""
+    return run_python(source, limits=limits or Limits(seconds=120), require=AVAILABLE, **kwargs)
 
 
 def attack(layer, name, source):
@@ -116,7 +117,7 @@ def test_attack(source, outside, tmp_path_factory):
     assert victim.read_text() == "secret"
     assert victim.stat().st_mode & 0o777 == 0o644
     plain = tempfile.mkdtemp(dir=outside["folder"])  # the same file system: hard links and renames work
-    free = subprocess.run([sys.executable, "-c", source], cwd=plain, capture_output=True, text=True, timeout=10)
+    free = subprocess.run([sys.executable, "-c", source], cwd=plain, capture_output=True, text=True, timeout=120)
     assert "escaped" in free.stdout, free.stderr
 
 
@@ -137,7 +138,7 @@ def test_raw_system_calls_are_filtered_too():
 def test_fork_bomb():
     source = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     assert run(source, arguments=[MARK], limits=Limits(seconds=0.5)).limit == "time"
-    assert left_after(5) == []
+    assert left_after(60) == []
 
 
 @needs("seccomp")
@@ -197,13 +198,13 @@ def test_memory_outside_of_the_address_space():
 )
 def test_time(source):
     start = time.monotonic()
-    result = run(source, limits=Limits(seconds=0.3))
+    result = run(source, limits=Limits(seconds=0.3, cpu_seconds=60))
     assert (result.status, result.limit) == (-9, "time")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30  # half of what it sleeps
 
 
 def test_busy_cpu():
-    result = run("print('before', flush=True)\nwhile True: pass", limits=Limits(cpu_seconds=1))
+    result = run("print('before', flush=True)\nwhile True: pass", limits=Limits(cpu_seconds=1, seconds=120))
     assert (result.limit, result.stdout) == ("cpu", "before\n")
 
 
@@ -217,10 +218,11 @@ def test_files_too_large_and_too_many():
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_megabytes_of_output(stream):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = run(f"import sys\nwhile True: sys.{stream}.write('x' * 10**6)", limits=Limits(output_bytes=1000))
+    result = run(
+        f"import sys\nwhile True: sys.{stream}.write('x' * 10**6)", limits=Limits(output_bytes=1000, seconds=120)
+    )
     assert result.limit == "output"
     assert getattr(result, stream) == "x" * 1000
-    assert result.seconds < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 2**10  # in KiB
 
 
@@ -248,6 +250,20 @@ def test_no_directory_stays_behind(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_made_unreadable_goes_too(tmp_path):
+    """By whoever is not root, which gets past every mode: without its capabilities it does not either."""
+    script = (
+        "from colora.rewards import sandbox, sandbox_child\n"
+        "sandbox_child.drop_privileges()\n"
+        "source = \"import os; os.mkdir('a', 0o300); os.mkdir('a/b', 0); open('a/c', 'w').close(); print('done')\"\n"
+        "print(sandbox.run_python(source, require=()).stdout)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "done", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_seccomp_it_warns_and_kills_the_group(monkeypatch, caplog):
     monkeypatch.setattr(sandbox, "layers", lambda: REASONS | {"seccomp": "filtered out"})
     sandbox._active_layers.cache_clear()
@@ -259,9 +275,9 @@ def test_without_seccomp_it_warns_and_kills_the_group(monkeypatch, caplog):
     finally:
         sandbox._active_layers.cache_clear()
     assert (result.stdout, result.limit) == ("left\n", None)
-    assert result.seconds < 5
+    assert result.seconds < 30  # half of what the daemon sleeps
     assert "without these layers of the sandbox: {'seccomp': 'filtered out'}" in caplog.text
-    assert left_after(5) == []
+    assert left_after(60) == []
 
 
 def test_what_honest_programs_need_works():
@@ -287,10 +303,11 @@ def test_status_errors_and_odd_sources():
 
 
 def test_from_many_threads():
+    before = set(threading.enumerate())
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda number: run(f"print({number})"), range(16)))
     assert [result.stdout for result in results] == [f"{number}\n" for number in range(16)]
-    assert threading.active_count() < 8
+    assert set(threading.enumerate()) <= before
 
 
 def test_wrong_settings():

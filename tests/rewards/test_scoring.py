@@ -112,13 +112,16 @@ def test_workers_and_async_functions_begin_with_the_first_whole_prompt(load, tmp
 
 
 def test_async_calls_are_limited(load):
-    under_way, most = 0, 0
+    under_way, most, three = 0, 0, asyncio.Event()
 
     async def counts(completions):
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
-        await asyncio.sleep(0.01)
+        if most == 3:
+            three.set()
+        await asyncio.wait_for(three.wait(), 60)
+        await asyncio.sleep(0.01)  # for more to come, if they did
         under_way -= 1
         return [0.0] * len(completions)
 
@@ -164,7 +167,7 @@ def test_what_is_cancelled_leaves_nothing_behind(load):
     for index in range(8):
         scoring.add(index, "a", [1])
     scoring.cancel()
-    assert ended.wait(60) and children() == before
+    assert ended.wait(60) and children() <= before
     assert RewardRunner([whole]).score(["p"], ["a"], [[1]], {}).values.item() == 1
     runner.close()
 

@@ -79,7 +79,7 @@ def test_version_and_help_do_without_the_heavy_imports(argument):
         f"try:\n    main([{argument!r}])\nexcept SystemExit as end:\n    print('exit', end.code)\n"
         "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.stdout.startswith("colora " if argument == "--version" else "usage: colora")
     assert result.stdout.endswith("exit 0\n[]\n")
 

@@ -86,8 +86,8 @@ def test_killed_ten_times_equals_never_killed(
 ) -> None:
     model = str(tiny_checkpoint(tmp_path / "model"))
 
-    def start(output: str) -> Run:
-        where = {"model": model, "output": str(tmp_path / output)}
+    def start(output: str, hold: int = STEPS + 1) -> Run:
+        where = {"model": model, "output": str(tmp_path / output), "hold": hold}
         return Run(processes, where | {"engine": engine, "options": RUNS[options]})
 
     start("whole").finish()
@@ -98,7 +98,7 @@ def test_killed_ten_times_equals_never_killed(
     rng, moments = random.Random(0), []
     for step in sorted(rng.sample(range(STEPS), KILLS)):
         what = rng.choice(MOMENTS)
-        run = start("killed")
+        run = start("killed", hold=min(step + 2, STEPS))  # a killer that gets no time to come must not be too late
         assert run.wait_for(what, step), f"the run ended before step {step}"
         time.sleep(rng.uniform(0, LATEST))
         run.kill()

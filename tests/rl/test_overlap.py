@@ -135,6 +135,6 @@ def test_an_interrupted_generation_ends_its_workers(make, tmp_path: Path) -> Non
     trainer.collector.rollouts = interrupted
     with pytest.raises(KeyboardInterrupt):
         collect(trainer)
-    assert children() == before
+    assert children() <= before
     trainer.collector.rollouts = rollouts
     assert all(record.rewards["marks"] is not None for record in collect(trainer))

@@ -153,10 +153,12 @@ def test_threads_of_coroutines_do_not_wait_for_each_other_and_not_at_the_end() -
         return str(await asyncio.to_thread(lambda: threading.current_thread().daemon))
 
     hung = "\n".join(call("work", hangs=1) for _ in range(40))  # more than a default executor has threads
-    agent = make_agent(lambda name, turn: [hung, call("work", hangs=0), "End."][turn], [work], tool_timeout=1.0)
+    turns = [hung, *[call("work", hangs=0)] * 3, "End."]  # one of three is in time on a busy machine too
+    agent = make_agent(lambda name, turn: turns[turn], [work], tool_timeout=1.0)
     (conversation,) = have(agent, tasks(1, max_tokens=4096)).values()
     release.set()
-    assert conversation.tool_timeouts == 40 and contents(conversation)[-1] == "True"
+    assert all("it did not answer" in text for text in contents(conversation)[:40])
+    assert "True" in contents(conversation)[40:]
 
 
 def test_what_cannot_be_a_toolkit_is_refused() -> None:
