@@ -4,6 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+# Without those that have a slash, such as `rewards/NAME/mean`.
+METRICS_OF_THE_TRAINER = frozenset(
+    (
+        *("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "num_tokens", "kl", "entropy"),
+        *("reward", "reward_std", "frac_reward_zero_std", "frac_groups_without_signal"),
+    )
+)
+
 
 def shorten(value: Any, limit: int = 240) -> str:
     """The repr of `value` in at most `limit` characters. Head and tail stay: an answer usually stands at the end."""
@@ -30,5 +38,10 @@ class CallLog:
         self.extra.setdefault(column, []).extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Record a scalar. Several values of one name in a step are averaged."""
+        """Record a scalar. Several values of one name in a step are averaged.
+
+        Raises ValueError for a name under which the trainer logs something else, which would be averaged in.
+        """
+        if name in METRICS_OF_THE_TRAINER:
+            raise ValueError(f"log_metric({name!r}, ...): the trainer logs its own {name}; choose another name")
         self.metrics.setdefault(name, []).append(float(value))

@@ -7,6 +7,7 @@ all by keyword, returning one number or None per completion. Nothing in here dep
 import difflib
 import functools
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -82,16 +83,28 @@ class RewardBatch:
 
     def arguments(self, log: CallLog) -> dict[str, Any]:
         """Every keyword argument of the contract for this batch."""
-        # Lists of its own for each call: a function that sorts or pops in place disturbs no other one.
-        columns = {name: list(values) for name, values in self.columns.items() if name not in CARRIED_COLUMNS}
+        # Lists and messages of its own for each call and each sample: a function that sorts, pops or appends in place
+        # disturbs no other one, nor the next sample of the same prompt, nor what is recorded.
+        columns = {name: _own_list(values) for name, values in self.columns.items() if name not in CARRIED_COLUMNS}
         return columns | {
-            "prompts": list(self.prompts),
-            "completions": list(self.completions),
-            "completion_ids": list(self.completion_ids),
+            "prompts": _own_list(self.prompts),
+            "completions": _own_list(self.completions),
+            "completion_ids": [list(ids) if isinstance(ids, list) else ids for ids in self.completion_ids],
             "trainer_state": self.trainer_state,
             "log_extra": log.log_extra,
             "log_metric": log.log_metric,
         }
+
+
+def _own_list(values: Sequence[Any]) -> list[Any]:
+    return [_own(value) for value in values]
+
+
+def _own(value: Any) -> Any:
+    """A copy of lists and dicts, such as messages, however deep; other objects, such as environments, as they are."""
+    if type(value) is dict:
+        return {key: _own(item) for key, item in value.items()}
+    return _own_list(value) if type(value) is list else value
 
 
 REMEDIES = {  # of a call that went over a limit, by the kind of its problem
@@ -248,7 +261,8 @@ def read_result(returned: Any, log: CallLog, size: int) -> CallOutcome:
     outcome = CallOutcome([None] * size, metrics=log.metrics)
     for column, values in log.extra.items():
         if len(values) == size:
-            outcome.extra[column] = values
+            outcome.extra[column] = [_plain(value) for value in values]
+            outcome.problems += _unwritable(column, outcome.extra[column])
             continue
         reason = f"it logged {len(values)} values for the extra column {column!r} where there are {size} completions"
         outcome.problems.append(Problem(reason, "Give log_extra one value per completion."))
@@ -262,6 +276,26 @@ def read_result(returned: Any, log: CallLog, size: int) -> CallOutcome:
         if fault is not None:
             outcome.problems.append(Problem(fault, SKIP_REMEDY, sample=index))
     return outcome
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and their scalars, however deep, as the lists and numbers that a record can hold."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _unwritable(column: str, values: list[Any]) -> list[Problem]:
+    """The first value of a logged column that is no JSON, and so cannot be recorded."""
+    for index, value in enumerate(values):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            reason = f"it logged {shorten(value, 80)} for the extra column {column!r}, which is no JSON ({error})"
+            return [Problem(reason, "Log texts, numbers, lists and dicts of them.", sample=index)]
+    return []
 
 
 def _container_problem(returned: Any, size: int) -> Problem | None:

@@ -21,6 +21,7 @@ ROLLOUTS = "rollouts"
 BASE_FILE = "base.json"
 CONFIG_FILE = "grpo_config.json"  # beside a saved adapter, also of a run from Python
 RUN_FILE = "run.yaml"  # the configuration of a run of `colora train`
+OF_OTHERS = "training_args.bin"  # what transformers' own Trainer, and so TRL, leaves in a checkpoint, and this one not
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -65,6 +66,10 @@ def find_damage(directory: Path) -> str | None:
     manifest = directory / MANIFEST
     if not directory.is_dir():
         return "it does not exist"
+    if _is_of_others(directory):
+        return f"it is of another trainer, such as TRL's (it has {OF_OTHERS} and no {MANIFEST})"
+    if (directory / INITIAL).is_dir():
+        return f"it is the directory of a run, not one of its checkpoints ({PREFIX}N in there)"
     if not manifest.is_file():
         return "it was not finished writing (it has no manifest.json)"
     try:
@@ -80,6 +85,10 @@ def find_damage(directory: Path) -> str | None:
         if _digest(path) != expected["blake2b"]:
             return f"{name} was changed after it was written"
     return None
+
+
+def _is_of_others(directory: Path) -> bool:
+    return (directory / OF_OTHERS).is_file() and not (directory / MANIFEST).is_file()
 
 
 def write_base(directory: Path, model: str, base: str) -> None:
@@ -127,8 +136,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step after which a checkpoint was made, by its name."""
-    return int(path.name.removeprefix(PREFIX))
+    """The optimizer step after which a checkpoint was made: by its name, or where it was renamed by what it holds."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if number.isdigit() else int(json.loads((path / STATE).read_text())["global_step"])
 
 
 def latest_complete(output_dir: Path) -> Path | None:
@@ -144,7 +154,8 @@ def resolve_resume(output_dir: Path, resume: str | bool | None) -> Path | None:
             none.
 
     Raises:
-        ValueError: the named checkpoint is damaged; or `output_dir` holds a run and `resume` was not given.
+        ValueError: the named checkpoint is damaged; or `output_dir` holds a run and `resume` was not given, or names a
+            checkpoint that lies elsewhere; or it holds checkpoints of another trainer.
     """
     if isinstance(resume, (str, os.PathLike)):
         damage = find_damage(Path(resume))
@@ -152,7 +163,18 @@ def resolve_resume(output_dir: Path, resume: str | bool | None) -> Path | None:
             newest = latest_complete(output_dir)
             hint = f"the newest whole checkpoint is {newest}" if newest else f"{output_dir} has no whole checkpoint"
             raise ValueError(f"cannot resume from {resume}: {damage}; {hint}")
+        if Path(resume).resolve().parent != output_dir.resolve() and _holds_run(output_dir):
+            raise ValueError(
+                f"output_dir {output_dir} holds a run already, whose rollouts would make way for those that follow "
+                f"{resume}: choose another output_dir"
+            )
         return Path(resume)
+    others = next((path for path in checkpoints(output_dir) if _is_of_others(path)), None)
+    if others is not None:
+        raise ValueError(
+            f"output_dir {output_dir} holds a run of another trainer, such as TRL's ({others.name} has {OF_OTHERS}), "
+            "which cannot be gone on with: choose another output_dir"
+        )
     finished = output_dir / FINISHED
     if finished.is_file():
         raise ValueError(
@@ -161,7 +183,7 @@ def resolve_resume(output_dir: Path, resume: str | bool | None) -> Path | None:
         )
     if resume:
         return latest_complete(output_dir)
-    if checkpoints(output_dir) or any((output_dir / ROLLOUTS).glob("*.parquet")):
+    if _holds_run(output_dir):
         newest = latest_complete(output_dir)
         state = f"its newest whole checkpoint is {newest.name}" if newest else "without a whole checkpoint"
         raise ValueError(
@@ -169,6 +191,10 @@ def resolve_resume(output_dir: Path, resume: str | bool | None) -> Path | None:
             "with it (on the command line: --resume true), or choose another output_dir"
         )
     return None
+
+
+def _holds_run(output_dir: Path) -> bool:
+    return bool(checkpoints(output_dir)) or any((output_dir / ROLLOUTS).glob("*.parquet"))
 
 
 def mark_finished(output_dir: Path, steps: int) -> None:
@@ -180,14 +206,16 @@ def prepare_directory(output_dir: Path, start: Path | None) -> None:
     """Make `output_dir` ready to run from `start` (None: step 0): away with what a killed run left half done.
 
     Rollouts of steps that will be made again go, so that none is double; unsealed checkpoints go, and the mark of an
-    end. Whole checkpoints of later steps are renamed, so that none is taken for one of the run that now begins.
+    end. What else someone has put beside the rollouts stays. Whole checkpoints of later steps are renamed, so that none
+    is taken for one of the run that now begins.
     """
     step = step_of(start) if start else 0
     rollouts = output_dir / ROLLOUTS
     rollouts.mkdir(parents=True, exist_ok=True)
     for path in rollouts.iterdir():
         number = path.stem.removeprefix("step_")
-        if path.suffix != ".parquet" or (number.isdigit() and int(number) > step):
+        half_written = path.name.startswith(".step_") and path.suffix == ".tmp"
+        if half_written or (path.suffix == ".parquet" and number.isdigit() and int(number) > step):
             path.unlink()
     for path in checkpoints(output_dir):
         if not (path / MANIFEST).is_file():

@@ -12,7 +12,15 @@ import trl
 from ..kernels.tiled_mlp import TILE_TOKENS
 from .detector_limits import DetectorLimits
 from .option_rules import check_combinations, warn_of_combinations
-from .option_values import check_choices, check_numbers, check_optimizer, is_default
+from .option_values import (
+    check_choices,
+    check_numbers,
+    check_optimizer,
+    check_reports,
+    check_schedule,
+    check_template_kwargs,
+    is_default,
+)
 from .options import HONOURED, INERT, REFUSED
 from .presets import apply_preset, remembers_given
 
@@ -291,6 +299,8 @@ class GRPOConfig(trl.GRPOConfig):
         self._settle_best_metric()
         self._fold_batches()
         super().__post_init__()
+        check_schedule(self)
+        check_reports(self.report_to or [])
         if self.mixed_precision != "no":
             raise ValueError(
                 f"ACCELERATE_MIXED_PRECISION={self.mixed_precision} is set in the environment, but no autocast runs "
@@ -415,6 +425,8 @@ class GRPOConfig(trl.GRPOConfig):
         check_numbers(self)
         DetectorLimits.of(self.detector_limits)
         check_optimizer(self.optim)
+        assert not isinstance(self.chat_template_kwargs, str)  # _parse_dicts came before
+        check_template_kwargs(self.chat_template_kwargs)
         self._check_lengths()
 
     def _check_lengths(self) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
+from ..rewards.calls import ENVIRONMENTS
 from ..rewards.loading import load_named, load_reward
+from ..rewards.runner import RewardRunner
 from ..weightshare.loading import read_config, shard_files
 from .agents import Agents
 from .checkpoint import resolve_resume
@@ -60,6 +62,7 @@ def open_inputs(run: RunConfig, config: GRPOConfig) -> Inputs:
         findings.append(f"evaluation dataset: {_describe(evaluation)}")
     elif config.eval_strategy != "no":
         raise ValueError("eval_strategy is set, but there is no eval_dataset and no eval_dataset_split: name one")
+    _check_rewards(rewards, train, agents)
     findings.append(_check_model(run))
     _check_tools(run, config, agents)
     lora = run.lora_config()
@@ -81,6 +84,19 @@ def agent_arguments(run: RunConfig) -> dict[str, Any]:
     if run.rollout_func is not None:
         loaded["rollout_func"] = load_named(run.rollout_func, "rollout_func")
     return loaded
+
+
+def _check_rewards(rewards: list[Callable[..., Any]], train: Dataset | IterableDataset, agents: dict[str, Any]) -> None:
+    """Raise ValueError for a function that cannot be called, or that asks for a column which there is not."""
+    if not rewards:
+        return
+    try:
+        runner = RewardRunner(rewards)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if isinstance(train, Dataset) and "rollout_func" not in agents:
+        late = [ENVIRONMENTS] if "environment_factory" in agents else []
+        runner.check_columns([*train.column_names, *late])
 
 
 def _check_output(run: RunConfig, config: GRPOConfig) -> str:

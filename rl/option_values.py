@@ -6,6 +6,9 @@ from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from transformers import get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..weightshare.base_format import BASES
@@ -115,8 +118,56 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}{_because(name)}")
 
 
+# Other packages that transformers takes optimizers from: what names begin with, and the module.
+_PACKAGE_OF_OPTIM = {
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+    "adamw_anyprecision": "torchdistx",
+    "stable_adamw": "optimi",
+    "grokadamw": "grokadamw",
+}
+# What a chat template is called with here: prompts would be cut, padded or no token ids otherwise.
+_CALL_OF_TEMPLATE = frozenset(
+    (
+        *("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "tokenizer_kwargs"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    )
+)
+
+
+def check_template_kwargs(kwargs: dict[str, Any] | None) -> None:
+    """Raise ValueError for `chat_template_kwargs` that are no variables of a template."""
+    wrong = sorted(_CALL_OF_TEMPLATE & (kwargs or {}).keys())
+    if wrong:
+        raise ValueError(
+            f"chat_template_kwargs: {', '.join(wrong)} cannot be set: prompts are encoded whole, to lists of token "
+            "ids, up to where the model's turn starts; give variables of the chat template, such as enable_thinking"
+        )
+
+
+def check_schedule(config: Any) -> None:
+    """Raise ValueError for a schedule of the learning rate that transformers could not make when training starts."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    kwargs = dict(config.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        name = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+        raise ValueError(f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={kwargs}: {error}") from error
+
+
+def check_reports(names: Iterable[str]) -> None:
+    """Raise ValueError for a service to report to whose package is not installed."""
+    missing = [name for name in names if name not in get_available_reporting_integrations()]
+    if missing:
+        raise ValueError(
+            f"report_to: {', '.join(missing)} cannot be used: no such service is known, or its package is not "
+            "installed; install it, or set report_to to none"
+        )
+
+
 def check_optimizer(optim: Any) -> None:
-    """Raise ValueError for an optimizer that cannot be used, or that needs bitsandbytes where that is not installed."""
+    """Raise ValueError for an optimizer that cannot be used, or whose package is not installed."""
     name = str(getattr(optim, "value", optim))
     if name in ("lomo", "adalomo"):
         raise ValueError(f"optim={name!r} updates inside the backward pass, of which a step has several")
@@ -125,6 +176,14 @@ def check_optimizer(optim: Any) -> None:
             f"optim={name!r} projects the gradients of large matrices (optim_target_modules), and only LoRA's small "
             "ones are trained: set optim to adamw_torch"
         )
+    if name.startswith("schedule_free"):
+        raise ValueError(
+            f"optim={name!r} has other weights while it trains than for use, and rollouts would be sampled from the "
+            "wrong ones: set optim to adamw_torch, with lr_scheduler_type constant"
+        )
+    package = _PACKAGE_OF_OPTIM.get(name)
+    if package is not None and find_spec(package) is None:
+        raise ValueError(f"optim={name!r} is of {package}, which is not installed: set optim to adamw_torch")
     if name in OF_BITSANDBYTES and find_spec("bitsandbytes") is None:
         raise ValueError(
             f'optim={name!r} is of bitsandbytes, which is not installed: pip install "colora[bnb]", or set optim to '

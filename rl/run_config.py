@@ -15,7 +15,7 @@ from .options import REFUSED
 from .setup import DEFAULT_LORA
 from .values import Entry, convert, load_yaml, yaml_entries
 
-# What scripts of TRL call the same thing.
+# What scripts of TRL and Unsloth, and older ones of transformers, call the same thing.
 _TRL_NAMES = {
     "model_name_or_path": "model",
     "dataset_name": "dataset",
@@ -24,7 +24,12 @@ _TRL_NAMES = {
     "dataset_test_split": "eval_dataset_split",
     "peft_config": "lora",
     "lora_r": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
     "lora_target_modules": "lora.target_modules",
+    "use_rslora": "lora.use_rslora",
+    "load_in_4bit": "base (nf4)",
+    "max_seq_length": "max_context",
+    "warmup_ratio": "warmup_steps (below 1, a share of all steps)",
 }
 
 

@@ -30,7 +30,7 @@ from ..weightshare.adapter import check_lora_config, targeted_parts
 from ..weightshare.base_format import base_format
 from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import ParityGuard
-from ..weightshare.loading import base_of, checkpoint_directory, tensor_names
+from ..weightshare.loading import base_of, checkpoint_directory, read_config, tensor_names
 from ..weightshare.memory import check_fits
 from ..weightshare.weights import SharedWeights
 from .config import GRPOConfig
@@ -107,11 +107,34 @@ def check_base(config: PreTrainedConfig, base: str) -> None:
 
 def check_model(model: ModelLike, lora: LoraConfig | None, base: str = "auto") -> None:
     """Raise ValueError for an architecture, base, LoRA options or targets that cannot be trained; loads no weights."""
+    _check_kind(model, lora)
     config = model_config(model)
     check_base(config, base)
     nothing = SharedWeights.empty(model_layout(block_spec(config)), torch.float32, "meta")
     check_lora_config(lora or DEFAULT_LORA)
     targeted_parts(nothing, lora or DEFAULT_LORA, decoder_path(config))
+
+
+def _check_kind(model: ModelLike, lora: LoraConfig | None) -> None:
+    """Raise ValueError for a model that is of another kind, or has an adapter besides the one that is asked for."""
+    remedy = "merge it into its base (merge_and_unload), or pass the bare base, and describe the new one by peft_config"
+    if isinstance(model, (str, Path)):
+        directory = Path(model_name(model))
+        if (directory / "adapter_config.json").is_file():
+            read_config(directory)
+        return
+    if not isinstance(model, (Policy, PreTrainedModel)):
+        raise ValueError(
+            f"model is a {type(model).__name__}: pass a checkpoint's directory, a hub id, a transformers model or a "
+            f"Policy. Where it has an adapter of PEFT's, {remedy}"
+        )
+    if isinstance(model, Policy) and model.adapter is not None and lora is not None:
+        raise ValueError(
+            "peft_config is given, but the Policy has its adapter already: leave peft_config out, or give it to "
+            "colora.load(model, lora=...)"
+        )
+    if isinstance(model, PreTrainedModel) and any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError(f"model has an adapter of PEFT's in it: {remedy}")
 
 
 def check_engine(args: GRPOConfig) -> None:
@@ -159,6 +182,11 @@ def build(
             raise ValueError(
                 f"base={args.base!r}, but the Policy has a {policy.weights.base} base: load it with "
                 f"colora.load(model, base={args.base!r}), or leave base out"
+            )
+        if args.dtype not in ("auto", str(policy.dtype).removeprefix("torch.")):
+            raise ValueError(
+                f"dtype={args.dtype!r}, but the Policy is in {policy.dtype}: load it with "
+                f"colora.load(model, dtype={args.dtype!r}), or leave dtype out"
             )
     else:
         policy = load(model, lora, dtype=args.dtype, device=args.device, seed=args.seed, base=args.base)

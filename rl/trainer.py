@@ -286,12 +286,15 @@ class GRPOTrainer(Trainer):
             return merged
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; pass one to the trainer or to evaluate()")
+        rows = list(enumerate(dataset))
+        if not rows or not isinstance(rows[0][1], Mapping):
+            raise ValueError("evaluate: eval_dataset has no rows to evaluate on: pass a datasets.Dataset with prompts")
+        if self.collector.tokenize.needs_prompt and "prompt" not in rows[0][1]:
+            raise ValueError(f"evaluate: eval_dataset has no `prompt` column, only {', '.join(rows[0][1])}")
         started, metrics = time.perf_counter(), Metrics()
         generations = self.args.num_generations_eval or self.args.group_size
         with self.engine_awake():
-            collected = self.collector.collect(
-                list(enumerate(dataset)), EVALUATION_STEP, generations, metrics, self.state
-            )
+            collected = self.collector.collect(rows, EVALUATION_STEP, generations, metrics, self.state)
             self.engine.adapter_changed()  # empties the prefix cache: a resumed run has nothing of it there either
         self.collector.rate(collected.records, generations, metrics)
         results = metrics.drain(f"{metric_key_prefix}_")

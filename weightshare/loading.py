@@ -58,6 +58,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises ValueError where it is missing, not JSON, or of weights in a quantised format that cannot be read.
     """
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory} holds a PEFT adapter, not a model: merge it into its base once (PeftModel.merge_and_unload, "
+            "then save_pretrained of model and tokenizer) and give that directory"
+        )
     config = _read_json(directory / "config.json", "the directory holds no transformers checkpoint")
     check_quantization(config, str(directory))
     return config

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import logging
 import threading
 import time
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from colora.rewards.runner import RewardRunner
+from colora.rewards.runner import RewardError, RewardRunner
 
 PROMPTS = ["2+2=", "3+3=", "4+4="]
 COMPLETIONS = ["4", "7", "8!"]
@@ -317,3 +318,59 @@ def test_scores_equal_trls():
     torch.testing.assert_close(ours.values, theirs, rtol=0, atol=0, equal_nan=True)
     assert ours.extra == extra
     assert ours.metrics == {name: sum(values) / len(values) for name, values in metrics.items()}
+
+
+def test_what_a_function_does_to_messages_reaches_no_other_sample_function_or_record():
+    question = [{"role": "user", "content": "2+2="}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("4", "5")]
+    lengths = []
+
+    def judge(prompts, completions, notes, **_):
+        for prompt, completion, note in zip(prompts, completions, notes, strict=True):
+            prompt.extend(completion)  # makes the conversation that a judge reads
+            lengths.append((len(prompt), len(note["seen"])))
+            completion[-1]["content"] = "changed"
+            note["seen"].append(1)
+        return [0.0] * len(prompts)
+
+    def after(prompts, completions, **_):
+        return [
+            float(len(prompt) == 1 and c[-1]["content"] in "45") for prompt, c in zip(prompts, completions, strict=True)
+        ]
+
+    note = {"seen": []}
+    runner = RewardRunner([judge, after])
+    scores = runner.score([question, question], answers, [[4], [5]], {"notes": [note, note]})
+    assert lengths == [(2, 0), (2, 0)]  # the samples of a group have one prompt and one row
+    assert column(scores, 1) == [1.0, 1.0]
+    assert question == [{"role": "user", "content": "2+2="}] and answers[0][-1]["content"] == "4" and note["seen"] == []
+
+
+def test_logged_arrays_and_their_numbers_become_plain_ones():
+    def reward(completions, log_extra, **_):
+        log_extra("distance", np.arange(3, dtype=np.float32))
+        log_extra("found", [{"ids": torch.tensor([1, 2]), "right": np.bool_(True)}] * 3)
+        return [0.0] * 3
+
+    extra = score(reward).extra
+    assert json.dumps(extra["distance"]) == "[0.0, 1.0, 2.0]"
+    assert json.dumps(extra["found"][0]) == '{"ids": [1, 2], "right": true}'
+
+
+def test_a_logged_value_that_cannot_be_recorded_names_function_and_column():
+    def reward(completions, log_extra, **_):
+        log_extra("proof", ["fine", object(), "fine"])
+        return [0.0] * 3
+
+    with pytest.raises(RewardError, match=r"'reward' failed at step 0, sample 1: it logged <object.*column 'proof'"):
+        score(reward)
+
+
+@pytest.mark.parametrize("name", ["loss", "reward", "learning_rate"])
+def test_a_metric_of_the_trainers_name_is_refused(name):
+    def reward(completions, log_metric, **_):
+        log_metric(name, 5.0)
+        return [0.0] * 3
+
+    with pytest.raises(RewardError, match=rf"'reward' failed.*log_metric\('{name}', ...\): the trainer logs its own"):
+        score(reward)

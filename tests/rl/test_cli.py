@@ -20,6 +20,14 @@ REWARD = '''
 def length(completions, **columns):
     """Shorter is better."""
     return [-float(len(text)) for text in completions]
+
+
+def by_place(completions, /, **columns):
+    return [0.0] * len(completions)
+
+
+def needs(completions, anwser, **columns):
+    return [0.0] * len(completions)
 '''
 
 
@@ -46,6 +54,8 @@ def run(model, tmp_path, monkeypatch):
     """Writes a configuration, with changes, into the current directory; a value of None leaves the line out."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(9)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
@@ -162,6 +172,11 @@ def test_errors_are_one_line_on_stderr_and_exit_2(run):
             """engine_kwargs: '{"max_sequences": 4' is neither YAML nor""",
         ),
         ({"output_dir": "reward.py"}, [], "output_dir reward.py is a file: name a directory"),
+        ({"reward_funcs": ["reward.py:by_place"]}, [], "'by_place' takes `completions` by position only"),
+        ({"reward_funcs": ["reward.py:needs"]}, [], "'needs' requires ['anwser'], which the dataset does not have"),
+        ({"lora_alpha": 64}, [], "unknown option 'lora_alpha': it is called lora.lora_alpha here"),
+        ({"load_in_4bit": True}, [], "unknown option 'load_in_4bit': it is called base (nf4) here"),
+        ({"model": "adapter"}, [], "adapter holds a PEFT adapter, not a model: merge it into its base"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_loaded(run, capsys, changes, arguments, message):

@@ -127,6 +127,12 @@ def test_an_option_of_a_later_trl_is_refused_off_its_default(monkeypatch):
         ({"optim": "lomo"}, "optim='lomo' updates inside the backward pass"),
         ({"optim": "galore_adamw_8bit"}, "optim='galore_adamw_8bit' projects .* set optim to adamw_torch"),
         ({"optim": OptimizerNames.APOLLO_ADAMW}, "optim='apollo_adamw' projects the gradients of large matrices"),
+        ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' has other weights while it trains"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay' with .*num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_rate should be set"),
+        ({"lr_scheduler_kwargs": {"num_cycle": 2}, "lr_scheduler_type": "cosine"}, "num_cycle"),
+        ({"report_to": "clearml"}, "report_to: clearml cannot be used: .* its package is not installed"),
+        ({"chat_template_kwargs": {"truncation": True, "max_length": 5}}, "kwargs: max_length, truncation cannot be"),
         ({"save_strategy": "best"}, "save_strategy='best' with eval_strategy='no': .* none would be saved"),
         ({"metric_for_best_model": "loss"}, "an evaluation measures rewards"),
     ],
@@ -150,6 +156,8 @@ def test_an_optimizer_of_bitsandbytes_wants_it_installed(monkeypatch, optim):
         ValueError, match=r'8bit\' is of bitsandbytes, which is not installed: pip install "colora\[bnb\]"'
     ):
         make(optim=optim)
+    with pytest.raises(ValueError, match="'adamw_torch_8bit' is of torchao, which is not installed"):
+        make(optim="adamw_torch_8bit")
     make(optim="adamw_torch")
 
 

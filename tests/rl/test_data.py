@@ -132,3 +132,41 @@ def test_what_is_no_dataset_is_named(tokenizer, dataset: Any, message: str) -> N
 def test_a_missing_dataset_is_named(tokenizer) -> None:
     with pytest.raises(ValueError, match="train_dataset is missing"):
         check_dataset(None, "train_dataset", PromptTokenizer(tokenizer, 4), 1)
+
+
+STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+TEMPLATES = {
+    "writes_texts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}:",
+    "writes_repr": "{% for m in messages %}{{ m.content }}{% endfor %}:",
+    "writes_parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}:",
+    "strict": STRICT + "{{ m.content }}{% endfor %}:",
+}
+
+
+def prompt_of(content: Any, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "message"),
+    [
+        ("strict", prompt_of("ab", "system"), r"rows\[3\]: the chat template cannot write the prompt: no system role"),
+        ("writes_texts", prompt_of(None), r"rows\[3\]: the content of a message of the role 'user' is None"),
+        ("writes_texts", prompt_of([{"type": "text", "text": "ab"}]), r"rows\[3\].*list of parts.*give it as a text"),
+        ("writes_repr", prompt_of([{"type": "text", "text": "ab"}]), r"rows\[3\].*list of parts.*give it as a text"),
+        ("writes_parts", prompt_of([{"type": "image"}]), r"rows\[3\]: .*the part \{'type': 'image'\}.*text only"),
+    ],
+)
+def test_messages_that_the_template_does_not_write_are_refused(
+    tokenizer: PreTrainedTokenizerFast, template: str, prompt: Any, message: str
+) -> None:
+    tokenizer.chat_template = TEMPLATES[template]
+    with pytest.raises(ValueError, match=message):
+        PromptTokenizer(tokenizer, 9)(prompt, "rows[3]")
+
+
+def test_parts_that_the_template_writes_are_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = TEMPLATES["writes_parts"]
+    tokenize = PromptTokenizer(tokenizer, 9)
+    assert tokenize(prompt_of([{"type": "text", "text": "ab"}]), "row") == tokenize(prompt_of("ab"), "row")

@@ -11,6 +11,7 @@ from colora.rl import setup
 from colora.rl.policy import Policy
 from colora.weightshare.guard import ParityError
 from colora.weightshare.linear import LoraSlot
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from ..tiny_runs import CHARACTERS, EOS, PAD, tiny_checkpoint, tiny_config, tiny_tokenizer
@@ -138,3 +139,25 @@ def test_an_engine_that_fails_the_self_test_is_closed(saved: Path, tmp_path: Pat
     with pytest.raises(ParityError, match="step 0: engine and trainer disagree"):
         setup.build(str(saved), args, None, 64)
     assert kept.value.__traceback__ is not None
+
+
+def test_a_model_with_an_adapter_of_pefts_is_refused_with_the_remedy(saved: Path, tmp_path: Path) -> None:
+    inner = AutoModelForCausalLM.from_pretrained(saved)
+    wrapped = get_peft_model(inner, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"model is a PeftModel: pass .*merge_and_unload.*peft_config"):
+        setup.check_model(wrapped, None)
+    with pytest.raises(ValueError, match=r"model has an adapter of PEFT's in it: merge.*peft_config"):
+        setup.check_model(inner, None)
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a PEFT adapter, not a model: merge it"):
+        setup.check_model(tmp_path, None)
+
+
+def test_options_that_a_policy_in_memory_settled_already_are_refused(saved: Path, tmp_path: Path) -> None:
+    policy = load(saved, LoraConfig(r=2, target_modules="all-linear"), device="cpu")
+    setup.check_model(policy, None)
+    with pytest.raises(ValueError, match=r"peft_config is given, but the Policy has its adapter already"):
+        setup.check_model(policy, LoraConfig(r=4))
+    args = GRPOConfig(str(tmp_path), device="cpu", engine="transformers", dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"dtype='bfloat16', but the Policy is in torch.float32: load it with"):
+        setup.build(policy, args, None, 32)

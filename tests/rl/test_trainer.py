@@ -217,6 +217,10 @@ def test_conversations_and_evaluation(model: str, tmp_path: Path) -> None:
     assert all(isinstance(c, list) and c[0]["role"] == "assistant" for c in seen)
     assert len(logged(trainer, "eval_first_reward")) == 2 and len(logged(trainer, "eval_second_reward")) == 2
     assert trainer.evaluate(rows.select([0]))["eval_reward"] == trainer.evaluate(rows.select([0]))["eval_reward"]
+    with pytest.raises(ValueError, match="eval_dataset has no rows to evaluate on"):
+        trainer.evaluate(rows.select([]))
+    with pytest.raises(ValueError, match="eval_dataset has no `prompt` column, only question"):
+        trainer.evaluate(Dataset.from_dict({"question": ["1+1"]}))
 
 
 def test_tensorboard_gets_the_metrics(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,3 +247,12 @@ def test_a_response_template_of_the_tokenizers_own_is_used() -> None:
     text = '<call_of_a_tool>{"name": "add", "arguments": {"a": 1, "b": 2}}</call_of_a_tool><|im_end|>'
     turn = chat.read(tokenizer(text)["input_ids"], [], 0)
     assert [(request.name, request.arguments) for request in turn.requests] == [("add", {"a": 1, "b": 2})]
+
+
+def test_parts_are_refused_where_the_template_leaves_them_out() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2?"}]}]
+    _, qwen = chat_of("qwen3")
+    with pytest.raises(ValueError, match="list of parts, which this chat template does not write"):
+        qwen.prompt_ids(parts, [])
+    tokenizer, gemma = chat_of("gemma3")
+    assert "What is 1 + 2?" in tokenizer.decode(gemma.prompt_ids(parts, []))
