@@ -73,6 +73,13 @@ def counters(device: torch.device) -> Tensor:
     return _all_counters(device)[int(device.type == "cuda" and torch.cuda.is_current_stream_capturing())]
 
 
+def takes(x: Tensor, parts: int, rank: int, dtypes: Sequence[torch.dtype], max_rows: int) -> bool:
+    """Whether a kernel for at most so many rows of x (rows, in), of these dtypes, takes x and `parts` of that rank."""
+    counters(x.device)  # now: the first call with few rows may come in a graph's capture
+    takes_x = x.dtype in dtypes and 0 < x.shape[0] <= max_rows and x.stride(1) == 1
+    return takes_x and parts <= MAX_PARTS and rank <= MAX_RANK
+
+
 @cache
 def starts_ahead(device: torch.device) -> bool:
     """Whether kernels can start before the one ahead of them has ended."""
@@ -98,6 +105,30 @@ def adapter_programs(x: Tensor, adapter: Adapter | None) -> tuple[int, dict[str,
     arguments |= {"u": x.new_empty(rows, ranks), "pieces_of_u": x.new_empty(pieces, rows, ranks, dtype=torch.float32)}
     arguments |= {"ADAPTED": True, "DOWN_ROWS": block_rows, "RANK": rank}
     return pieces * groups, arguments | {"BLOCK_R": max(16, triton.next_power_of_2(rank))}
+
+
+def launch_arguments(
+    x: Tensor, bias: Tensor | None, adapter: Adapter | None, out_features: int, outs: int, splits: int, max_rows: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a product x W^T, and the arguments that a kernel of any format has; `out` is the result.
+
+    After the programs of u come `splits` for each tile of `outs` of W's rows.
+
+    Raises ValueError for more rows of x than `max_rows`, or more tiles than there are counters.
+    """
+    rows, tiles = x.shape[0], triton.cdiv(out_features, outs)
+    if rows > max_rows:
+        raise ValueError(f"{rows} rows of x are too many for one launch, which takes {max_rows}; decode W instead")
+    if tiles > MAX_TILES:
+        raise ValueError(f"{out_features} outputs are too many for tiles of {outs}")
+    of_adapter, arguments = adapter_programs(x, adapter)
+    zeros, ahead = counters(x.device), starts_ahead(x.device)
+    return (of_adapter + tiles * splits,), arguments | {
+        "x": x, "bias": bias, "out": x.new_empty(rows, out_features), "rows": rows, "out_features": out_features,
+        "partial": x.new_empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32),
+        "counters": zeros, "signals": zeros[MAX_TILES:], "x_stride": x.stride(0), "splits": splits, "OUTS": outs,
+        "SPLIT": splits > 1, "HAS_BIAS": bias is not None, "PLAIN": not x.is_cuda, "AHEAD": ahead, "launch_pdl": ahead,
+    }  # fmt: skip
 
 
 @triton.jit

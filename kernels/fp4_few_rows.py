@@ -5,19 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
-from .few_rows_adapter import (
-    MAX_PARTS,
-    MAX_RANK,
-    MAX_TILES,
-    Adapter,
-    adapter_programs,
-    counters,
-    rows_of_program,
-    starts_ahead,
-)
+from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
 from .fp4 import CHUNK, FP4Tensor
 from .fp4_linear_triton import fp4_linear_kernel
 
@@ -52,9 +42,7 @@ class Config:
 
 def fits(x: Tensor, parts: int = 0, rank: int = 0) -> bool:
     """Whether `launch` takes x (rows, in) and so many parts of that rank, and is faster than decoding W and cuBLAS."""
-    counters(x.device)  # now: the first call with few rows may come in a graph's capture
-    takes_x = x.dtype in DTYPES and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
-    return takes_x and parts <= MAX_PARTS and rank <= MAX_RANK
+    return takes(x, parts, rank, DTYPES, MAX_ROWS)
 
 
 def step_chunks(in_features: int, chunks: int) -> int:
@@ -77,29 +65,19 @@ def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | No
 
     The dtype is bf16; fp16 as well in Triton's interpreter.
     """
-    (rows, in_features), out_features = x.shape, fp4.shape[0]
-    if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows of x are too many for one launch, which takes {MAX_ROWS}; decode W instead")
-    ahead = starts_ahead(x.device)
+    rows, in_features = x.shape
     chunks = step_chunks(in_features, config.chunks)
     together, sharing = config.sharing == 0, min(config.sharing, 2 * chunks)
     warps = config.warps if together else min(config.warps, config.outs // 16 * sharing)
     program_rows = max(rows_of_program(rows), _TOGETHER_ROWS if together else 0)
-    tiles, steps = triton.cdiv(out_features, config.outs), in_features // CHUNK // chunks
-    if tiles > MAX_TILES:
-        raise ValueError(f"{out_features} outputs are too many for tiles of {config.outs}")
+    steps = in_features // CHUNK // chunks
     splits = min(config.splits, steps)
-    of_adapter, arguments = adapter_programs(x, adapter)
-    zeros = counters(x.device)
-    out = x.new_empty(rows, out_features)
-    fp4_linear_kernel[(of_adapter + tiles * splits,)](
-        x=x, codes=fp4.codes.view(torch.int32), scale_words=fp4.scale_codes.view(_WORDS[chunks]),
-        row_scales=fp4.row_scales, bias=bias, out=out,
-        partial=x.new_empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32),
-        counters=zeros, signals=zeros[MAX_TILES:], rows=rows, out_features=out_features, x_stride=x.stride(0),
-        row_words=in_features // 8, row_steps=steps, splits=splits, **arguments,
-        ROWS=program_rows, OUTS=config.outs, CHUNKS=chunks, WARPS=warps, SHARING=sharing, SPLIT=splits > 1,
-        HAS_BIAS=bias is not None, PLAIN=not x.is_cuda, AHEAD=ahead, launch_pdl=ahead, num_warps=warps,
+    grid, arguments = launch_arguments(x, bias, adapter, fp4.shape[0], config.outs, splits, MAX_ROWS)
+    fp4_linear_kernel[grid](
+        codes=fp4.codes.view(torch.int32), scale_words=fp4.scale_codes.view(_WORDS[chunks]), row_scales=fp4.row_scales,
+        row_words=in_features // 8, row_steps=steps, **arguments,
+        ROWS=program_rows, CHUNKS=chunks, WARPS=warps, SHARING=sharing, num_warps=warps,
         num_stages=config.buffers + 1, maxnreg=_most_registers(x.device, warps) if together else None,
     )  # fmt: skip
+    out: Tensor = arguments["out"]
     return out

@@ -6,16 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .few_rows_adapter import (
-    MAX_PARTS,
-    MAX_RANK,
-    MAX_TILES,
-    Adapter,
-    adapter_programs,
-    counters,
-    rows_of_program,
-    starts_ahead,
-)
+from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
 from .nf4 import BLOCK, NF4Tensor
 from .nf4_linear_triton import nf4_linear_kernel
 from .nf4_triton import decoding_tables
@@ -51,10 +42,8 @@ class Config:
 
 def fits(x: Tensor, parts: int = 0, rank: int = 0) -> bool:
     """Whether `launch` takes x (rows, in) and so many parts of that rank, and is faster than decoding W and cuBLAS."""
-    counters(x.device)  # both now: the first call with few rows may come in a graph's capture
-    decoding_tables(x.device)
-    takes_x = x.dtype in DTYPES and 0 < x.shape[0] <= MAX_ROWS and x.stride(1) == 1
-    return takes_x and parts <= MAX_PARTS and rank <= MAX_RANK
+    decoding_tables(x.device)  # now: the first call with few rows may come in a graph's capture
+    return takes(x, parts, rank, DTYPES, MAX_ROWS)
 
 
 def step_blocks(in_features: int, blocks: int) -> int:
@@ -68,29 +57,20 @@ def _word(in_features: int) -> int:
 
 def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | None, config: Config) -> Tensor:
     """(rows, in), columns contiguous, bf16 or fp16 -> (rows, out); `bias` (out,) and adapter, all of x's dtype."""
-    (rows, in_features), out_features = x.shape, nf4.shape[0]
-    if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows of x are too many for one launch, which takes {MAX_ROWS}; decode W instead")
-    ahead = starts_ahead(x.device)
-    tiles, row_blocks, word = triton.cdiv(out_features, config.outs), in_features // BLOCK, _word(in_features)
-    if tiles > MAX_TILES:
-        raise ValueError(f"{out_features} outputs are too many for tiles of {config.outs}")
+    rows, in_features = x.shape
+    row_blocks, word = in_features // BLOCK, _word(in_features)
     blocks = step_blocks(in_features, config.blocks)
     sharing = min(config.sharing, blocks)
     warps = min(config.warps, config.outs // 16 * sharing)
     steps = row_blocks // blocks
     splits = max(min(config.splits, steps), triton.cdiv(steps, _COLUMNS // BLOCK // blocks))
-    of_adapter, arguments = adapter_programs(x, adapter)
-    zeros = counters(x.device)
-    out = x.new_empty(rows, out_features)
-    nf4_linear_kernel[(of_adapter + tiles * splits,)](
-        x=x, codes=nf4.codes, scale_words=nf4.scale_codes.view(_WORDS[word]), group_scales=nf4.group_scales,
-        group_start=nf4.group_start, offset=nf4.offset, tables=decoding_tables(x.device), bias=bias, out=out,
-        partial=x.new_empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32),
-        counters=zeros, signals=zeros[MAX_TILES:], rows=rows, out_features=out_features, x_stride=x.stride(0),
-        row_bytes=in_features // 2, row_words=row_blocks // word, row_steps=steps, splits=splits, **arguments,
-        ROWS=rows_of_program(rows), OUTS=config.outs, WORD=word, BLOCKS=blocks, WARPS=warps, SHARING=sharing,
-        SPLIT=splits > 1, HAS_BIAS=bias is not None, PLAIN=not x.is_cuda, AHEAD=ahead, launch_pdl=ahead,
+    grid, arguments = launch_arguments(x, bias, adapter, nf4.shape[0], config.outs, splits, MAX_ROWS)
+    nf4_linear_kernel[grid](
+        codes=nf4.codes, scale_words=nf4.scale_codes.view(_WORDS[word]), group_scales=nf4.group_scales,
+        group_start=nf4.group_start, offset=nf4.offset, tables=decoding_tables(x.device),
+        row_bytes=in_features // 2, row_words=row_blocks // word, row_steps=steps, **arguments,
+        ROWS=rows_of_program(rows), WORD=word, BLOCKS=blocks, WARPS=warps, SHARING=sharing,
         num_warps=warps, num_stages=config.buffers + 1, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
+    out: Tensor = arguments["out"]
     return out

@@ -118,7 +118,7 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}{_because(name)}")
 
 
-# Other packages that transformers takes optimizers from: what names begin with, and the module.
+# Optimizers that transformers takes from other packages, and the module.
 _PACKAGE_OF_OPTIM = {
     "adamw_torch_4bit": "torchao",
     "adamw_torch_8bit": "torchao",
@@ -158,7 +158,8 @@ def check_schedule(config: Any) -> None:
 
 def check_reports(names: Iterable[str]) -> None:
     """Raise ValueError for a service to report to whose package is not installed."""
-    missing = [name for name in names if name not in get_available_reporting_integrations()]
+    available = get_available_reporting_integrations()
+    missing = [name for name in names if name not in available]
     if missing:
         raise ValueError(
             f"report_to: {', '.join(missing)} cannot be used: no such service is known, or its package is not "

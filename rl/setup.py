@@ -120,7 +120,7 @@ def _check_kind(model: ModelLike, lora: LoraConfig | None) -> None:
     remedy = "merge it into its base (merge_and_unload), or pass the bare base, and describe the new one by peft_config"
     if isinstance(model, (str, Path)):
         directory = Path(model_name(model))
-        if (directory / "adapter_config.json").is_file():
+        if directory.is_dir():
             read_config(directory)
         return
     if not isinstance(model, (Policy, PreTrainedModel)):

@@ -102,18 +102,13 @@ class VLLMEngine(Lifecycle):
         given |= {"max_num_seqs": max_sequences} if max_sequences is not None else {}
         given |= {"kv_cache_memory_bytes": kv_cache_bytes} if kv_cache_bytes is not None else {}
         with vllm_starting(self._device):
-            check_names(self._device.type)
-            import vllm
-
+            given = _usable(self._device, given)
             from ..weightshare.vllm_plugin import SharingSession, sharing
 
-            _check_platform(self._device)
             _check_architecture(self.config)
             if self._device.type == "cpu":
                 _check_head_dim(self.config)
-            options = self._options(
-                directory, lora, dtype, seed, check_engine_kwargs(given, vllm.EngineArgs, self._device.type)
-            )
+            options = self._options(directory, lora, dtype, seed, given)
             if fp32_head:
                 options["hf_overrides"] = {"head_dtype": "float32"}
             tied = self.config.tie_word_embeddings
@@ -369,11 +364,16 @@ def check_vllm(device: torch.device, engine_kwargs: Mapping[str, Any]) -> None:
     """
     check_installed()
     with vllm_starting(device):
-        check_names(device.type)
-        import vllm
+        _usable(device, engine_kwargs)
 
-        _check_platform(device)
-        check_engine_kwargs(engine_kwargs, vllm.EngineArgs, device.type)
+
+def _usable(device: torch.device, engine_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`engine_kwargs` in vLLM's names, with a vLLM that can be used on this kind of device; raises as `check_vllm`."""
+    check_names(device.type)
+    import vllm
+
+    _check_platform(device)
+    return check_engine_kwargs(engine_kwargs, vllm.EngineArgs, device.type)
 
 
 def _start(options: dict[str, Any]) -> "LLMEngine":
