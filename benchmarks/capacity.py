@@ -4,7 +4,8 @@
 
 A ballast (card.py) leaves the card's size free and holds the rest. Each context runs in a process of its own, from the
 shortest on, until one fails. A context is a long prompt and completions of up to COMPLETION tokens, as of a question
-about a long document: the group shares the prompt's KV cache, and every completion is trained in the whole context.
+about a long document: the group shares the prompt's KV cache and, in training, its row, in which every completion sees
+the whole context.
 """
 
 import argparse
@@ -68,9 +69,10 @@ def train(case: Case, checkpoint: Path, context: int, base: str) -> dict:
     config = GRPOConfig(
         mkdtemp(), engine="vllm", base=base, max_context=context, max_prompt_length=context - COMPLETION,
         max_completion_length=COMPLETION, num_generations=case.generations,
-        per_device_train_batch_size=case.generations, tokens_per_microbatch=context, activation_offload=True,
-        gradient_checkpointing=True, optim="adamw_8bit", max_steps=case.steps, logging_steps=1, report_to=[],
-        save_strategy="no", learning_rate=1e-6, parity_limit=0.5,  # random weights amplify rounding
+        per_device_train_batch_size=case.generations, activation_offload=True,
+        tokens_per_microbatch=context + (case.generations - 1) * COMPLETION, gradient_checkpointing=True,
+        optim="adamw_8bit", max_steps=case.steps, logging_steps=1, report_to=[], save_strategy="no",
+        learning_rate=1e-6, parity_limit=0.5,  # random weights amplify rounding
         engine_kwargs={"max_num_seqs": case.generations, "max_num_batched_tokens": 2048},
     )  # fmt: skip
     lora = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,4 +1,5 @@
-"""Causal grouped-query attention over a packed row: several sequences side by side, none sees another.
+"""Causal grouped-query attention over a packed row: several sequences side by side, none sees another, and
+continuations that share a prompt (row_layout.py, attention_shared.py).
 
 On a GPU `attention_plan` cuts a row into segments, each for the kernel that is fastest for it (the figures are those of
 benchmarks/attention.py):
@@ -26,7 +27,7 @@ NaN and infinities come out as NaN wherever they are seen, and stay in their seq
 the same tile by 0, so that there they also reach earlier tokens of the sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -36,7 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .attention_shared import continued_attention, continued_attention_reference
 from .attention_varlen import has_kernel, varlen_attention
+from .row_layout import Entry, Layout, entry_tokens, is_layout, row_tokens
 
 DENSE_FROM = 2048  # a sequence of so many tokens gets a call of its own (benchmarks/attention.py, uneven_*)
 EQUAL_FROM = 1024  # equal sequences of so many tokens are one batch
@@ -65,7 +68,7 @@ def packed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lengths: Sequence[int],
+    layout: Layout,
     scale: float,
     window: int | None = None,
     dense_from: int = DENSE_FROM,
@@ -78,7 +81,7 @@ def packed_attention(
     Args:
         q: (tokens, heads, head_dim).
         k, v: (tokens, kv_heads, head_dim); heads is a multiple of kv_heads.
-        lengths: tokens of each sequence, in order, each at least 1; their sum is `tokens`.
+        layout: tokens of each sequence, or of a prompt and its continuations, in order; together they are `tokens`.
         scale: factor on the scores.
         window: a token attends to itself and the window - 1 tokens before it; None for all.
         dense_from: see `attention_plan`.
@@ -87,17 +90,51 @@ def packed_attention(
         (tokens, heads, head_dim), the dtype of `q`.
 
     Raises:
-        ValueError: lengths that do not fill the row, heads that do not divide, a window below 1.
+        ValueError: a layout that does not fill the row, heads that do not divide, a window below 1.
     """
-    _check(q, k, v, lengths, window)
+    _check(q, k, v, layout, window)
     if not has_kernel(q):
-        return packed_attention_reference(q, k, v, lengths, scale, window)
+        return packed_attention_reference(q, k, v, layout, scale, window)
+    pieces = []
+    for entries, (q_run, k_run, v_run) in _runs(q, k, v, layout):
+        family = entries[0]
+        if isinstance(family, int):
+            lengths = tuple(map(entry_tokens, entries))
+            pieces.append(_sequences(q_run, k_run, v_run, lengths, scale, window, dense_from))
+            continue
+        prompt, *continuations = family
+        sizes = [prompt, sum(continuations)]
+        (q_p, q_c), (k_p, k_c), (v_p, v_c) = (x.split(sizes) for x in (q_run, k_run, v_run))
+        pieces.append(_sequences(q_p, k_p, v_p, (prompt,), scale, window, dense_from))
+        narrow = None if window is None or window >= prompt + max(continuations) else window
+        pieces.append(continued_attention(q_c, (k_p, v_p), (k_c, v_c), continuations, scale, narrow))
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _runs(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout
+) -> Iterator[tuple[list[Entry], tuple[Tensor, Tensor, Tensor]]]:
+    """Neighbouring sequences together, and every prompt with its continuations, with their q, k and v."""
+    runs: list[list[Entry]] = []
+    for entry in layout:
+        if isinstance(entry, int) and runs and isinstance(runs[-1][0], int):
+            runs[-1].append(entry)
+        else:
+            runs.append([entry])
+    sizes = [row_tokens(run) for run in runs]  # split, not slices: its backward is one concatenation
+    yield from zip(runs, zip(*(x.split(sizes) for x in (q, k, v)), strict=True), strict=True)
+
+
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None, dense_from: int
+) -> Tensor:
+    """`packed_attention` of sequences, on a GPU."""
     if window is not None and window >= max(lengths):
         window = None
-    plan = attention_plan(tuple(lengths), window, dense_from)
+    plan = attention_plan(lengths, window, dense_from)
     if len(plan) == 1:
         return _attend(q, k, v, plan[0], scale, window)
-    sizes = [segment.tokens for segment in plan]  # split, not slices: its backward is one concatenation
+    sizes = [segment.tokens for segment in plan]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), plan, strict=True)
     return torch.cat([_attend(*part, scale, window) for part in parts])
 
@@ -176,25 +213,35 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: floa
 
 
 def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
 ) -> Tensor:
     """`packed_attention` in plain torch, sequence by sequence."""
-    _check(q, k, v, lengths, window)
-    pieces, sizes = [], list(lengths)
-    for q_s, k_s, v_s in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        length = q_s.shape[0]
-        mask = _window_mask(length, window, q.device) if window is not None and length > window else None
-        out = F.scaled_dot_product_attention(
-            q_s.transpose(0, 1)[None],
-            k_s.transpose(0, 1)[None],
-            v_s.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        pieces.append(out[0].transpose(0, 1))
+    _check(q, k, v, layout, window)
+    pieces, sizes = [], [entry_tokens(entry) for entry in layout]
+    for q_s, k_s, v_s, entry in zip(q.split(sizes), k.split(sizes), v.split(sizes), layout, strict=True):
+        if isinstance(entry, int):
+            pieces.append(_sequence_reference(q_s, k_s, v_s, scale, window))
+            continue
+        prompt, *continuations = entry
+        (q_p, q_c), (k_p, k_c), (v_p, v_c) = (x.split([prompt, sum(continuations)]) for x in (q_s, k_s, v_s))
+        pieces.append(_sequence_reference(q_p, k_p, v_p, scale, window))
+        pieces.append(continued_attention_reference(q_c, (k_p, v_p), (k_c, v_c), continuations, scale, window))
     return torch.cat(pieces)
+
+
+def _sequence_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    length = q.shape[0]
+    mask = _window_mask(length, window, q.device) if window is not None and length > window else None
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -204,11 +251,11 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> None:
-    if min(lengths, default=0) < 1:
-        raise ValueError(f"packed_attention: each sequence has at least 1 token, lengths are {list(lengths)}")
-    if sum(lengths) != q.shape[0]:
-        raise ValueError(f"packed_attention: lengths add up to {sum(lengths)}, the row has {q.shape[0]} tokens")
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> None:
+    if not is_layout(layout):
+        raise ValueError(f"packed_attention: each sequence has at least 1 token, lengths are {list(layout)}")
+    if row_tokens(layout) != q.shape[0]:
+        raise ValueError(f"packed_attention: lengths add up to {row_tokens(layout)}, the row has {q.shape[0]} tokens")
     if k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % k.shape[1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(

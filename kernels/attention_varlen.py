@@ -29,21 +29,29 @@ def has_kernel(q: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
     """`packed_attention` where `has_kernel`.
 
-    Args and returns: those of `packed_attention`, which checks them.
+    Args and returns: those of `packed_attention`, which checks them; where a sequence's queries are only its last
+    tokens, `key_lengths` are the tokens of its k and v.
     """
-    starts, longest = sequence_starts(lengths, q.device), max(lengths)
+    key_lengths = key_lengths or lengths
+    starts, key_starts = sequence_starts(lengths, q.device), sequence_starts(key_lengths, q.device)
     return torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
         starts,
-        starts,
-        longest,
-        longest,
+        key_starts,
+        max(lengths),
+        max(key_lengths),
         0.0,  # no dropout
         window is None,  # causal; a window that ends at the query is causal, too
         False,  # no debug mask
@@ -53,7 +61,7 @@ def varlen_attention(
     )[0]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(sequences + 1,) int32: where each sequence of the row begins, and where the last one ends.
 

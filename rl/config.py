@@ -187,7 +187,10 @@ class GRPOConfig(trl.GRPOConfig):
     )
     tokens_per_microbatch: int = field(
         default=8192,
-        metadata={"help": "Most tokens in one packed forward and backward: sets memory, changes no result."},
+        metadata={
+            "help": "Most tokens in one packed forward and backward: sets memory, changes no result. Completions of a "
+            "prompt that are in one row share it: with room for all of a group it is computed once."
+        },
     )
     activation_offload: str = field(
         default="auto",

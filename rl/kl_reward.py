@@ -51,7 +51,7 @@ def completion_kl(
     sums = {id(sample): 0.0 for sample in samples}
     for micro in pack(samples, token_budget, policy.device):
         with policy.reference():
-            reference, _ = policy.logprobs(micro.tokens, micro.lengths, micro.rows, micro.targets, temperature)
+            reference, _ = policy.logprobs(micro.tokens, micro.layout, micro.rows, micro.targets, temperature)
         engine = micro.stream([sample.engine_logprobs for sample in micro.samples])
         per_token = kl_estimate(engine, reference, estimator).double().split(micro.trained_lengths)
         sums |= {id(sample): part.sum().item() for sample, part in zip(micro.samples, per_token, strict=True)}

@@ -3,6 +3,7 @@
 Knows log-probs, advantages and shares; which algorithm made them is the objective's business.
 """
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -13,14 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.row_layout import Layout
 from ..weightshare.guard import ParityGuard
 from .config import GRPOConfig
 from .correction import RolloutCorrection
 from .losses import Objective
 from .metrics import Metrics, Summary, TokenStatistics
-from .packing import MicroBatch, TrainingSample, pack
+from .packing import MicroBatch, TrainingSample, pack, repeated_prompts
 from .policy import Policy
 from .streams import TokenStreams
+
+logger = logging.getLogger(__name__)
+
+REPEATED = 0.25  # of a step's tokens: prompts computed again and again that are worth a word
 
 
 class Learner:
@@ -47,6 +53,7 @@ class Learner:
         self.old_is_engine = args.old_logprobs == "engine" or (args.old_logprobs == "auto" and bypass_suits)
         self.recomputes_old = not (self.old_is_engine or one_update)
         self.guard = ParityGuard(args.parity_limit, policy.dtype)
+        self._spoke_of_repeated = False
 
     def recompute_old_logprobs(self, samples: Sequence[TrainingSample]) -> None:
         """pi_old of every trained token, by the trainer: over several updates the ratio is to start at exactly 1."""
@@ -79,6 +86,7 @@ class Learner:
         compared: list[tuple[Tensor, Tensor]] = []  # log-probs of (engine, trainer)
         total = torch.zeros((), device=self.policy.device)
         micro_batches = pack(samples, self.args.tokens_per_microbatch, self.policy.device)
+        self._note_repeated(samples, micro_batches, step)
         for index, micro in enumerate(micro_batches):  # nothing in here waits for the device
             self.report("training", index, len(micro_batches))
             loss, pair = self._backward(micro, statistics, entropy_share, first_update)
@@ -108,8 +116,8 @@ class Learner:
             logprobs, entropies = self.policy.logprobs(*self._row(micro), entropy=entropy)
             yield micro, logprobs, logprobs if entropies is None else entropies
 
-    def _row(self, micro: MicroBatch) -> tuple[Tensor, list[int], Tensor, Tensor, float]:
-        return micro.tokens, micro.lengths, micro.rows, micro.targets, self.args.temperature
+    def _row(self, micro: MicroBatch) -> tuple[Tensor, Layout, Tensor, Tensor, float]:
+        return micro.tokens, micro.layout, micro.rows, micro.targets, self.args.temperature
 
     def _choose_tokens(self, samples: Sequence[TrainingSample]) -> float:
         """Mark the tokens of high entropy, where the policy loss is to act on those only.
@@ -180,6 +188,19 @@ class Learner:
                 f"step {step}: none of the engine's {dropped} log-probs is finite; use bfloat16 where float16 "
                 "overflows, check the engine's settings (engine_kwargs), and resume from the last checkpoint"
             )
+
+    def _note_repeated(self, samples: Sequence[TrainingSample], micro_batches: list[MicroBatch], step: int) -> None:
+        repeated, budget = repeated_prompts(samples, micro_batches)
+        self.metrics.add("throughput/repeated_prompt_tokens", repeated)
+        tokens = sum(len(micro.tokens) for micro in micro_batches)
+        if repeated > REPEATED * tokens and not self._spoke_of_repeated:
+            self._spoke_of_repeated = True
+            logger.warning(
+                "step %d: %.0f %% of the %d tokens in its rows are prompts computed again for other completions of "
+                "their group, as rows have at most tokens_per_microbatch=%d tokens; with %d, if memory allows, each "
+                "prompt is computed once. This is said once.",
+                step, 100 * repeated / tokens, tokens, self.args.tokens_per_microbatch, budget,
+            )  # fmt: skip
 
     def _compare(self, step: int, engine: Tensor, trainer: Tensor) -> None:
         """The guard on this step's tokens, and its figures under TRL's names and ours."""

@@ -1,6 +1,6 @@
 """The policy: one decoder for all families, run over packed rows, on tensors that the rollout engine reads as well."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..kernels.block_checkpoint import checkpointed_block
 from ..kernels.offload import ActivationOffload, BlockInputs
 from ..kernels.ops import OPS, Ops
 from ..kernels.rope import QKNorm, rope_table
+from ..kernels.row_layout import Layout, is_layout, positions, prolonged, row_tokens
 from ..kernels.tiled_mlp import TILE_TOKENS
 from ..weightshare.adapter import Adapter
 from ..weightshare.base_format import check_quantization
@@ -65,20 +66,20 @@ class _Block:
         weight = self.norms[f"{name}.weight"]
         return self.ops.add_rms_norm(x, residual, weight, self.spec.norm_eps, self.spec.one_plus_weight)
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         spec, tokens = self.spec, x.shape[0]
         qkv = self.qkv_proj(x, self.ops.reference)
         q, k, v = self.ops.rotate_qkv(qkv, cos, sin, spec.heads, spec.kv_heads, self.qk_norm)
-        out = self.ops.packed_attention(q, k, v, lengths, spec.attention_scale, self.layer.window)
+        out = self.ops.packed_attention(q, k, v, layout, spec.attention_scale, self.layer.window)
         return self.o_proj(out.reshape(tokens, spec.heads * spec.head_dim), self.ops.reference)
 
     def _mlp(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(x, self.ops.reference)
         return self.down_proj(self.ops.glu(gate_up, self.spec.activation, overwrite=True), self.ops.reference)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """x (tokens, hidden_size) -> the MLP's input and the residual it is added to, both of the same shape."""
-        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, lengths)
+        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, layout)
         if not self.spec.sandwich_norms:
             return self._add_norm(attended, x, "post_attention_layernorm")
         attended = self._norm(attended, "post_attention_layernorm")
@@ -95,9 +96,9 @@ class _Block:
     def feed_forward_parameters(self) -> list[Tensor]:
         return _masters(self.gate_up_proj, self.down_proj)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         """x (tokens, hidden_size) -> the same shape."""
-        normed, residual = self.attend(x, cos, sin, lengths)
+        normed, residual = self.attend(x, cos, sin, layout)
         return residual + self.feed_forward(normed)
 
 
@@ -189,30 +190,33 @@ class Policy(nn.Module):
             )
         return self
 
-    def hidden_states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def hidden_states(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Run one packed row: sequences side by side, positions restarting at 0, no attention across.
+
+        Continuations may share a prompt that is in the row once; they see it, and not each other.
 
         Args:
             tokens: (T,) int64 token ids, moved to the policy's device.
-            lengths: tokens of each sequence, in order, each at least 1; their sum is T.
+            layout: tokens of each sequence, or of a prompt and its continuations, in order, each at least 1; together
+                they are T (`kernels/row_layout.py`).
 
         Returns:
             (T, hidden_size) in the compute dtype, after the final norm.
 
         Raises:
-            ValueError: lengths that do not fit the row.
+            ValueError: a layout that does not fit the row.
         """
-        if tokens.ndim != 1 or sum(lengths) != tokens.shape[0] or min(lengths, default=0) < 1:
+        if tokens.ndim != 1 or not is_layout(layout) or row_tokens(layout) != tokens.shape[0]:
             raise ValueError(
-                f"Policy: lengths {list(lengths)} do not split a row of shape {tuple(tokens.shape)} into sequences"
+                f"Policy: lengths {list(layout)} do not split a row of shape {tuple(tokens.shape)} into sequences"
             )
         count = tokens.shape[0]
         if self.device.type == "cuda":  # the last sequence is prolonged: causal, so nothing before its end changes
             padding = padded_tokens(count) - count
-            tokens, lengths = F.pad(tokens, (0, padding)), [*lengths[:-1], lengths[-1] + padding]
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+            tokens, layout = F.pad(tokens, (0, padding)), prolonged(layout, padding)
+        places = positions(layout).to(self.device)
         tables = {
-            key: rope_table(positions, frequencies, self.spec.ropes[key].scaling, self.dtype)
+            key: rope_table(places, frequencies, self.spec.ropes[key].scaling, self.dtype)
             for key, frequencies in self._inverse_frequencies.items()
         }
         x = F.embedding(tokens.to(self.device), self.weights.embedding)
@@ -224,16 +228,16 @@ class Policy(nn.Module):
         for index, block in enumerate(self._blocks):
             cos, sin = tables[block.layer.rope]
             if self.gradient_checkpointing:
-                x = checkpointed_block(block, x, (cos, sin, lengths), self.mlp_tile_tokens, inputs, index)
+                x = checkpointed_block(block, x, (cos, sin, layout), self.mlp_tile_tokens, inputs, index)
             else:
-                x = block(x, cos, sin, lengths)
+                x = block(x, cos, sin, layout)
         weight, spec = self.weights.tensors["model.norm.weight"], self.spec
         return self._ops.rms_norm(x[:count], weight, spec.norm_eps, spec.one_plus_weight)
 
     def logprobs(
         self,
         tokens: Tensor,
-        lengths: Sequence[int],
+        layout: Layout,
         rows: Tensor,
         targets: Tensor,
         temperature: float = 1.0,
@@ -243,7 +247,7 @@ class Policy(nn.Module):
         """Log-probabilities of given tokens, each predicted from a position of a packed row.
 
         Args:
-            tokens, lengths: the row, as for `hidden_states`.
+            tokens, layout: the row, as for `hidden_states`.
             rows: (n,) int64 positions in the row; the logits at position rows[i] ...
             targets: (n,) int64 ... predict token targets[i].
             temperature: the logits are divided by it, above 0.
@@ -253,7 +257,7 @@ class Policy(nn.Module):
         Returns:
             log-probs (n,) fp32, differentiable in the adapter's masters, and entropies (n,) fp32 or None.
         """
-        hidden = self.hidden_states(tokens, lengths)[rows.to(self.device)]
+        hidden = self.hidden_states(tokens, layout)[rows.to(self.device)]
         return self._ops.linear_logprob(
             hidden,
             self.weights.head,

@@ -175,3 +175,40 @@ def test_micro_batches_do_not_wait_for_the_device(model: str, tmp_path: Path) ->
             step(ours, made)
         waits.append(counter.waits)
     assert waits[0] == waits[1] < 30
+
+
+def test_prompts_computed_again_and_again_are_told_once(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts of 9 tokens and 1, 2, ... 8 of completion: a row of all has 45, eight rows 108."""
+    for budget, repeated in ((45, 0), (1, 63)):
+        ours = learner(model, tmp_path / str(budget), tokens_per_microbatch=budget)
+        made = samples(ours)
+        for sample in made:
+            sample.tokens = [3, 1, 2, 5, 4, 2, 1, 6, 3, *sample.tokens[3:]]
+            sample.targets = [target + 6 for target in sample.targets]
+            sample.prompt = 9
+        for _ in range(2):
+            _, metrics = step(ours, made, first_update=False)
+            assert metrics["throughput/repeated_prompt_tokens"] == repeated
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (budget == 1)
+    assert "58 % of the 108 tokens" in said[0] and "tokens_per_microbatch=1 tokens; with 45," in said[0]
+
+
+def test_a_shared_prompt_changes_no_gradient(model: str, tmp_path: Path) -> None:
+    ours = learner(model, tmp_path / "run")
+    prompt = [3, 1, 2, 5, 4, 2, 1, 6, 3]
+    made = samples(ours)
+    for sample in made:
+        sample.tokens = prompt + sample.tokens[3:]
+        sample.targets = [target + len(prompt) - 3 for target in sample.targets]
+    apart, before = step(ours, made, first_update=False)
+    for sample in made:
+        sample.prompt = len(prompt)
+    shared, after = step(ours, made, first_update=False)
+    torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-6)
+    timed = {"throughput/train_tokens_per_s"}
+    assert {k: v for k, v in after.items() if k not in timed} == pytest.approx(
+        {k: v for k, v in before.items() if k not in timed}, rel=1e-5, abs=1e-6
+    )

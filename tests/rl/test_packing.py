@@ -1,6 +1,7 @@
 """Packing keeps every sample whole, in budget, and knows where its trained tokens are."""
 
 import pytest
+from colora.kernels.row_layout import row_tokens
 from colora.rl.packing import MicroBatch, TrainingSample, pack
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,38 +12,86 @@ def sample(length: int, trained: int, first: int = 0) -> TrainingSample:
     return TrainingSample(list(range(first, first + length)), targets, [-0.5] * trained, advantage=float(length))
 
 
+def family(prompt: int, completions: list[tuple[int, int]], first: int) -> list[TrainingSample]:
+    """Completions (tokens, trained ones at the end) of one prompt; no two tokens of all are equal."""
+    made = []
+    for index, (length, trained) in enumerate(completions):
+        own = first + prompt + 100 * index
+        tokens = [*range(first, first + prompt), *range(own, own + length)]
+        targets = list(range(prompt + length - min(trained, length), prompt + length))
+        made.append(TrainingSample(tokens, targets, [-0.5] * len(targets), float(length), prompt=prompt))
+    return made
+
+
+def seen(micro: MicroBatch, row: int) -> list[int]:
+    """The tokens that the one at `row` sees, as the layout has it."""
+    start = 0
+    for entry in micro.layout:
+        prompt, *continuations = (entry,) if isinstance(entry, int) else entry
+        if row < start + prompt:
+            return micro.tokens[start : row + 1].tolist()
+        at = start + prompt
+        for length in continuations:
+            if row < at + length:
+                return micro.tokens[start : start + prompt].tolist() + micro.tokens[at : row + 1].tolist()
+            at += length
+        start = at
+    raise IndexError(row)
+
+
 @given(
-    st.lists(st.tuples(st.integers(2, 40), st.integers(0, 10)), min_size=0, max_size=20),
-    st.integers(1, 60),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=6)),
+        max_size=8,
+    ),
+    st.integers(1, 90),
 )
-def test_every_trained_sample_is_packed_once_within_the_budget(shapes: list[tuple[int, int]], budget: int) -> None:
-    samples = [sample(length, min(trained, length - 1), 1000 * index) for index, (length, trained) in enumerate(shapes)]
+def test_every_trained_token_is_predicted_from_what_came_before_it(
+    families: list[tuple[int, list[tuple[int, int]]]], budget: int
+) -> None:
+    groups = [family(prompt, completions, 1000 * index) for index, (prompt, completions) in enumerate(families)]
+    samples = [sample for group in groups for sample in group]
     micro_batches = pack(samples, budget)
     packed = [member for micro in micro_batches for member in micro.samples]
     assert sorted(map(id, packed)) == sorted(id(s) for s in samples if s.targets)
     for micro in micro_batches:
+        assert len(micro.tokens) == row_tokens(micro.layout)
         assert len(micro.tokens) <= budget or len(micro.samples) == 1
-        assert sum(micro.lengths) == len(micro.tokens)
-        check_targets(micro)
+        positions = [position for member in micro.samples for position in member.targets]
+        for row, target, owner, position in zip(
+            micro.rows.tolist(), micro.targets.tolist(), micro.sequence.tolist(), positions, strict=True
+        ):
+            assert target == micro.samples[owner].tokens[position]
+            assert seen(micro, row) == micro.samples[owner].tokens[:position]
 
 
-def check_targets(micro: MicroBatch) -> None:
-    """Each target follows its row in the packed row, and belongs to the sample it says."""
-    assert (micro.tokens[micro.rows + 1] == micro.targets).all()
-    starts = [sum(micro.lengths[:index]) for index in range(len(micro.lengths))]
-    for row, owner in zip(micro.rows.tolist(), micro.sequence.tolist(), strict=True):
-        assert starts[owner] <= row < starts[owner] + micro.lengths[owner] - 1
+def test_a_prompt_is_there_once() -> None:
+    made = family(30, [(6, 6), (4, 2), (5, 5)], 0)
+    (micro,) = pack(made, 45)
+    assert micro.layout == [(30, 6, 5, 4)]
+    assert micro.samples == [made[0], made[2], made[1]]
+    assert micro.rows[:2].tolist() == [29, 30], "its first token follows the prompt's last"
+
+
+def test_a_family_that_does_not_fit_is_split_and_others_fill_up() -> None:
+    made = family(30, [(6, 6)] * 3, 0) + family(8, [(4, 4)] * 2, 1000)
+    assert [micro.layout for micro in pack(made, 42)] == [[(30, 6, 6)], [36], [(8, 4, 4)]]
+    assert [micro.layout for micro in pack(made, 60)] == [[(30, 6, 6, 6), 12], [12]]
+
+
+def test_a_short_prompt_is_not_worth_sharing() -> None:
+    assert [micro.layout for micro in pack(family(2, [(30, 30)] * 4, 0), 200)] == [[32] * 4]
 
 
 def test_streams_follow_the_trained_tokens() -> None:
     micro = pack([sample(4, 2), sample(6, 3)], 100)[0]
-    assert micro.lengths == [6, 4]
+    assert micro.layout == [6, 4]
     assert micro.per_token([1.0, 2.0]).tolist() == [1, 1, 1, 2, 2]
     assert micro.stream([[1.0, 2.0, 3.0], [4.0, 5.0]]).tolist() == [1, 2, 3, 4, 5]
 
 
 def test_short_samples_fill_up_rows() -> None:
-    assert [sorted(m.lengths) for m in pack([sample(n, 1) for n in (6, 5, 4, 3, 2)], 10)] == [[4, 6], [2, 3, 5]]
+    assert [sorted(m.layout) for m in pack([sample(n, 1) for n in (6, 5, 4, 3, 2)], 10)] == [[4, 6], [2, 3, 5]]
 
 
 @pytest.mark.parametrize("samples", [[], [sample(5, 0)]])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from colora.rl.families import block_spec, model_layout
+from colora.rl.packing import TrainingSample, pack
 from colora.rl.policy import Policy, build, load
 from colora.weightshare.weights import SharedWeights
 from peft import LoraConfig, PeftModel
@@ -156,6 +157,43 @@ def test_packing_order_does_not_matter():
     hidden = policy.hidden_states(torch.cat([first, second, third]), LENGTHS)
     turned = policy.hidden_states(torch.cat([third, first, second]), [LENGTHS[2], *LENGTHS[:2]])
     torch.testing.assert_close(torch.cat([turned[19:], turned[:19]]), hidden, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_completions_that_share_a_prompt_are_as_sequences_of_their_own(name: str, checkpointing: bool):
+    policy = load(tiny_model(CONFIGS[name]), random_lora(), seed=3)
+    policy.gradient_checkpointing = checkpointing
+    prompt, *completions, other = random_sequences((11, 7, 1, 12, 5), CONFIGS[name].vocab_size)
+    whole = [torch.cat((prompt, completion)) for completion in completions] + [other]
+    samples = [
+        TrainingSample(
+            tokens.tolist(), list(range(first, len(tokens))), [0.0] * (len(tokens) - first), 0.0, prompt=shared
+        )
+        for tokens, first, shared in zip(whole, (11, 12, 11, 1), (11, 11, 11, 0), strict=True)
+        if len(tokens) > first
+    ]
+    found = []
+    for budget in (1000, 1):
+        rows = pack(samples, budget)
+        policy.zero_grad()
+        by_sample = {}
+        for micro in rows:
+            logprobs, _ = policy.logprobs(micro.tokens, micro.layout, micro.rows, micro.targets)
+            parts = logprobs.split(micro.trained_lengths)
+            by_sample |= {id(sample): part for sample, part in zip(micro.samples, parts, strict=True)}
+            sum(objective(part) for part in parts).backward()
+        found.append((rows, torch.cat([by_sample[id(sample)] for sample in samples]), gradients(policy)))
+    (shared, ours, ours_grad), (apart, true, true_grad) = found
+    assert len(shared) == 1 and len(apart) == len(samples)
+    assert any(isinstance(entry, tuple) for entry in shared[0].layout)
+    torch.testing.assert_close(ours, true, rtol=0, atol=TOLERANCE)
+    for name, expected in true_grad.items():
+        torch.testing.assert_close(ours_grad[name], expected, rtol=0, atol=TOLERANCE, msg=name)
+
+
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
 
 def test_only_the_adapter_is_trained():
