@@ -12,14 +12,16 @@ LORA = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"}
 Step = Callable[[Tensor], None]  # forward and backward of one row of token ids
 
 
-def random_policy(config: PreTrainedConfig, device: str = "cuda", base: str = "auto") -> Any:
-    """A bf16 policy that recomputes its blocks in the backward pass; its base dense, or quantised to NF4."""
+def random_policy(
+    config: PreTrainedConfig, device: str = "cuda", base: str = "auto", dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A policy that recomputes its blocks in the backward pass; its base dense, or quantised to NF4."""
     from colora.rl.families import block_spec, model_layout
     from colora.rl.policy import build
     from colora.weightshare.base_format import base_format
     from colora.weightshare.weights import SharedWeights
 
-    layout, dtype = model_layout(block_spec(config)), torch.bfloat16
+    layout = model_layout(block_spec(config))
     weights = SharedWeights.empty(layout, dtype, device, base_format(base, ()))
     for name, tensor in weights.tensors.items():
         tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(0.0, 0.02)
@@ -32,6 +34,20 @@ def random_policy(config: PreTrainedConfig, device: str = "cuda", base: str = "a
     policy = build(weights, config, LoraConfig(**LORA, init_lora_weights=False), seed=0)
     policy.gradient_checkpointing = True
     return policy
+
+
+@torch.no_grad()
+def exact_policy(policy: Any, config: PreTrainedConfig) -> Any:
+    """The same values in fp32, a quantised base dense."""
+    exact = random_policy(config, dtype=torch.float32)
+    for name, tensor in policy.weights.tensors.items():
+        exact.weights.tensors[name].copy_(tensor)
+    for name, linear in policy.weights.linears.items():
+        for part in linear.parts:
+            exact.weights.linears[name].weight.load_rows(part.start, linear.weight.rows(part.start, part.stop))
+    for ours, given in zip(exact.parameters(), policy.parameters(), strict=True):
+        ours.copy_(given)
+    return exact
 
 
 def policy_step(policy: Any) -> Step:
