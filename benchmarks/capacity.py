@@ -119,12 +119,13 @@ def main() -> None:
             except subprocess.CalledProcessError as error:
                 failed = context
                 print(f"{context} tokens: failed with exit code {error.returncode}", flush=True)
+            report.add(
+                f"{arguments.case}.grpo_context.{arguments.base}", max(worked, default=0), "tokens", "higher",
+                bar=case.bar, bar_is=case.published, free_gib=round(free, 2), failed_at=failed, runs=worked,
+                generations=case.generations, rank=case.rank, completion=COMPLETION, whole_steps=case.steps,
+            )  # fmt: skip
+            if failed:
                 break
-    report.add(
-        f"{arguments.case}.grpo_context.{arguments.base}", max(worked, default=0), "tokens", "higher", bar=case.bar,
-        bar_is=case.published, free_gib=round(free, 2), failed_at=failed, generations=case.generations,
-        rank=case.rank, completion=COMPLETION, whole_steps=case.steps, runs=worked,
-    )  # fmt: skip
     print(report.write())
 
 

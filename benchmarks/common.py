@@ -54,7 +54,7 @@ def peak_memory(poll_seconds: float = 0.02) -> Iterator[list[float]]:
 
 @dataclass
 class Report:
-    """The rows of one script's figures, written as benchmarks/results/NAME.json.
+    """The rows of one script's figures, written as benchmarks/results/NAME.json, each when it is known.
 
     Make it before anything is allocated on the card: it notes what was free. `script` is the script's name where its
     figures are in several files, `on_cpu` says that no card is needed for them; for all others SystemExit is raised
@@ -73,8 +73,13 @@ class Report:
         self.free_before = round(torch.cuda.mem_get_info()[0] / GIB, 1) if torch.cuda.is_available() else None
 
     def add(self, figure: str, value: float, unit: str, better: str, **more: Any) -> None:
-        """Note a figure; `more` holds bar, bar_is, peers, repeats, spread and what else explains it."""
+        """Note a figure, instead of an earlier one of its name.
+
+        `more` holds bar, bar_is, peers, repeats, spread and what else explains it.
+        """
+        self.rows = [row for row in self.rows if row["figure"] != figure]
         self.rows.append({"figure": figure, "value": round(value, 5), "unit": unit, "better": better} | more)
+        self.write()  # a run that is cut off keeps what it has measured
         bar = f"   bar {more['bar']}" if more.get("bar") is not None else ""
         print(f"{figure:52} {value:12.4f} {unit}{bar}", flush=True)
 

@@ -154,7 +154,6 @@ def main() -> None:
         found: dict[str, Speeds] = {}
         for variant in arguments.variants:
             found[variant] = in_a_process(variant, checkpoint, arguments.repeats)
-            report.rows.clear()
             add_figures(report, shape, found, arguments.repeats)
             print(report.write())
 

@@ -210,6 +210,5 @@ def measure_all(
             except Exception as error:  # it is raised below: the other figures are worth having
                 print(f"FAILED {name}: {error}", flush=True)
                 failed.append(error)
-        report.write()
     if failed:
         raise ExceptionGroup("some cases failed", failed)

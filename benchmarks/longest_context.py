@@ -17,6 +17,7 @@ from common import GIB, Report, parser, run_apart
 from policies import Step, policy_step, random_policy, transformers_step
 
 SIDES = ("ours", "liger")
+NAMES = {"liger": "transformers_liger"}  # of the peers
 SHORT = (2048, 4096)
 STEP = 1.04  # of a length that works, within which one that does not lies
 UNIT = 256  # tokens
@@ -86,22 +87,16 @@ def main() -> None:
         return
     for free_gib in arguments.free_gib:
         report = Report(f"longest_context_{free_gib:g}", arguments, script="longest_context")
+        found: dict[str, dict] = {}
         with ballast(free_gib) as free:
-            apart = ["--shape", arguments.shape, "--most", str(arguments.most)]
-            found = {side: run_apart(side, __file__, "--side", side, *apart) for side in SIDES}
-        ours, peer = found["ours"], found["liger"]
-        report.add(
-            f"card{free_gib:g}.longest_trained.{arguments.shape}.bf16",
-            ours["tokens"],
-            "tokens",
-            "higher",
-            bar=None,
-            peers={"transformers_liger": peer["tokens"]},
-            free_gib=round(free, 2),
-            search_ended_at=arguments.most,
-            ours=ours,
-            transformers_liger=peer,
-        )
+            for side in SIDES:
+                apart = ["--side", side, "--shape", arguments.shape, "--most", str(arguments.most)]
+                found[side] = run_apart(side, __file__, *apart)
+                report.add(
+                    f"card{free_gib:g}.longest_trained.{arguments.shape}.bf16", found["ours"]["tokens"], "tokens",
+                    "higher", peers={NAMES[side]: found[side]["tokens"] for side in found if side in NAMES},
+                    free_gib=round(free, 2), search_ended_at=arguments.most, **found,
+                )  # fmt: skip
         print(report.write())
 
 

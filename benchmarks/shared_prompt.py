@@ -57,7 +57,7 @@ def rounding(policy: Any, config: Any) -> dict[str, float]:
     prompt, completion, budget = CHECKED
     found: dict[str, torch.Tensor] = {}
     for way, given in (("exact", exact_policy(policy, config)), ("shared", policy), ("apart", policy)):
-        rows = pack(samples(prompt, completion, config.vocab_size, way == "shared"), budget, "cuda")
+        rows = pack(samples(prompt, completion, config.vocab_size, way == "shared"), budget, "cuda", share_from=0.0)
         found[way] = gradient(given, rows)
     true = found.pop("exact")
     errors = {way: ((gradients - true).norm() / true.norm()).item() for way, gradients in found.items()}
@@ -79,7 +79,7 @@ def main() -> None:
         prompt, completion, budget = CASES[name]
         seconds, peaks, tokens = {}, {}, {}
         for way in ("shared", "apart"):
-            rows = pack(samples(prompt, completion, config.vocab_size, way == "shared"), budget, "cuda")
+            rows = pack(samples(prompt, completion, config.vocab_size, way == "shared"), budget, "cuda", share_from=0.0)
             tokens[way] = sum(len(micro.tokens) for micro in rows)
             torch.cuda.empty_cache()
             step(policy, rows)  # what is built once for these lengths

@@ -25,12 +25,15 @@ def main() -> None:
     options.add_argument("--bases", nargs="+", default=["nf4", "fp4"], help="ours, the first of them before Unsloth")
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     arguments = options.parse_args()
+    place = arguments.peer_path
+    if place and not (place / "unsloth").is_dir():
+        options.error(f"--peer-path {place}: there is no package unsloth in it")
     report = Report("step_vs_unsloth", arguments)
     unsloth = None
     for index, base in enumerate(arguments.bases):
         ours = measure_ours(arguments.checkpoint, base, arguments.tokens_per_microbatch)
-        if index == 0 and arguments.peer_path:
-            unsloth = measure_unsloth(arguments.checkpoint, arguments.peer_path)
+        if index == 0 and place:
+            unsloth = measure_unsloth(arguments.checkpoint, place)
         add_figures(report, base, ours, unsloth)
         print(report.write())
 

@@ -15,7 +15,9 @@ from ..kernels.row_layout import Entry, Layout
 from ..rollout.records import RolloutRecord
 from .streams import to_device
 
-SHARE_FROM = 0.1  # of the tokens of prompt and completions, that sharing has to spare to be worth attention's calls
+# Of the tokens of prompts and completions, that sharing has to spare to be worth attention's further calls: 4B gains
+# from 0.15, 8B from 0.1 (benchmarks/shared_prompt.py).
+SHARE_FROM = 0.15
 
 
 @dataclass
@@ -88,15 +90,21 @@ class MicroBatch:
         return [len(sample.targets) for sample in self.samples]
 
 
-def pack(samples: Sequence[TrainingSample], token_budget: int, device: torch.device | str = "cpu") -> list[MicroBatch]:
+def pack(
+    samples: Sequence[TrainingSample],
+    token_budget: int,
+    device: torch.device | str = "cpu",
+    share_from: float = SHARE_FROM,
+) -> list[MicroBatch]:
     """Split samples into micro-batches of at most `token_budget` tokens each.
 
     Families, samples that share a prompt, one after the other, those with the longest samples first, and of each the
     longest first; each sample into the first micro-batch that has room, where a prompt counts once. A sample longer
-    than the budget gets a micro-batch of its own. Samples without trained tokens are left out.
+    than the budget gets a micro-batch of its own. Samples without trained tokens are left out. Prompts are shared where
+    that spares the share `share_from` of a family's tokens.
     """
     bins: list[_Bin] = []
-    for family in _families([sample for sample in samples if sample.targets]):
+    for family in _families([sample for sample in samples if sample.targets], share_from):
         for sample in family:
             chosen = next((some for some in bins if some.used + some.cost(sample, family) <= token_budget), None)
             if chosen is None:
@@ -135,7 +143,7 @@ class _Bin:
         self.families[-1].append(sample)
 
 
-def _families(samples: Sequence[TrainingSample]) -> list[list[TrainingSample]]:
+def _families(samples: Sequence[TrainingSample], share_from: float = SHARE_FROM) -> list[list[TrainingSample]]:
     """Samples with the same prompt together where it is worth sharing, others each alone; the longest first."""
     by_prompt: dict[tuple[int, ...], list[TrainingSample]] = {}
     alone: list[list[TrainingSample]] = []
@@ -146,7 +154,7 @@ def _families(samples: Sequence[TrainingSample]) -> list[list[TrainingSample]]:
             alone.append([sample])
     for family in by_prompt.values():
         spared = family[0].prompt * (len(family) - 1)
-        if len(family) > 1 and spared >= SHARE_FROM * sum(len(sample.tokens) for sample in family):
+        if len(family) > 1 and spared >= share_from * sum(len(sample.tokens) for sample in family):
             alone.append(sorted(family, key=lambda sample: -len(sample.tokens)))
         else:
             alone += [[sample] for sample in family]
