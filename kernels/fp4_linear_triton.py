@@ -8,7 +8,7 @@ takes of each row of W up to 256 columns, whose codes are one line of the cache 
 
 A program takes a tile of rows of W and, where there would be too few programs, one of several ranges of its columns;
 whichever program of a tile finishes last adds the ranges up, in their order: the result does not depend on who that
-was. The one with the first columns adds bias and adapter (`few_rows_adapter`).
+was. The one with the first columns adds bias and adapter (`few_rows_triton`).
 
 (Equal shares of all tiles' steps, which may end within one tile and begin in another, balance better, but the loop over
 a program's tiles costs so many registers that fewer programs run at a time.)
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .few_rows_adapter import VARYING, down, fetch, sum_of_splits, with_adapter
+from .few_rows_triton import VARYING, down, fetch, finish
 from .fp4_triton import decode
 
 # Of a block's 32 columns the tensor cores take those of a lane, 4 q to 4 q + 3 and 16 more, in two steps of two from
@@ -197,21 +197,8 @@ def fp4_linear_kernel(  # type: ignore[no-untyped-def]
                 ROWS, CHUNKS, WARPS, SHARING, PLAIN,
             )  # fmt: skip
         total *= tl.load(row_scales + weight_row)[:, None]
-        if split == 0:
-            if HAS_BIAS:
-                total += tl.load(bias + weight_row).to(tl.float32)[:, None]
-            if ADAPTED:
-                total = with_adapter(
-                    total, u, B, signals, n, rows, tl.cdiv(out_features, OUTS), ranks, groups, tile * OUTS,
-                    start0, stop0, a0, b0, start1, stop1, a1, b1, start2, stop2, a2, b2, RANK, BLOCK_R,
-                )  # fmt: skip
-        there = (n < out_features)[:, None] & (m < rows)[None, :]
-        at = m[None, :] * out_features + n[:, None]
-        finishes = True
-        if SPLIT:
-            finishes, total = sum_of_splits(
-                total, partial, counters + tile, split, splits, at, rows * out_features, there,
-                A_THREAD=OUTS * ROWS // (32 * WARPS),
-            )  # fmt: skip
-        if finishes:
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+        finish(
+            total, n, m, tile, split, splits, rows, out_features, bias, out, partial, counters,
+            u, B, signals, ranks, groups, start0, stop0, a0, b0, start1, stop1, a1, b1, start2, stop2, a2, b2,
+            WARPS, SPLIT, HAS_BIAS, ADAPTED, RANK, BLOCK_R,
+        )  # fmt: skip

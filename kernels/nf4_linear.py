@@ -50,7 +50,7 @@ def _nf4_linear(
     y = frozen_linear(rows, weight, bias)
     if a is not None and b is not None:
         add_update_(y, rows, a, b, parts)
-    return y.view(*x.shape[:-1], codes.shape[0])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @_nf4_linear.register_fake

@@ -6,7 +6,7 @@ decode the same; SHARING of them have the same rows of W, each other columns of 
 shared memory: a warp has more rows for each x that it reads, and fewer programs have to be added up. A program takes a
 tile of rows of W and, where there would be too few programs, one of several ranges of columns; whichever program of a
 tile finishes last adds the ranges up, in their order: the result does not depend on who that was. The one with the
-first columns adds bias and adapter (`few_rows_adapter`). What limits it is the unit of shuffles, shared memory and L1:
+first columns adds bias and adapter (`few_rows_triton`). What limits it is the unit of shuffles, shared memory and L1:
 a weight takes a lane of a shuffle, so everything else there has to be rare. Hence steps of several blocks, of which a
 row's codes are one line of the cache, and scales that go through registers.
 
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .few_rows_adapter import VARYING, down, fetch, sum_of_splits, with_adapter
+from .few_rows_triton import VARYING, down, fetch, finish
 from .nf4_triton import decode_halves, prepare_decoding
 
 
@@ -114,21 +114,8 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
             x, codes, scale_words, group_scales, group_start, offset, tables, weight_row, rows, x_stride, row_bytes,
             row_words, first, last, ROWS, OUTS, WORD, BLOCKS, WARPS, SHARING, AHEAD, PLAIN,
         )  # fmt: skip
-        if split == 0:
-            if HAS_BIAS:
-                total += tl.load(bias + weight_row).to(tl.float32)[:, None]
-            if ADAPTED:
-                total = with_adapter(
-                    total, u, B, signals, n, rows, tl.cdiv(out_features, OUTS), ranks, groups, tile * OUTS,
-                    start0, stop0, a0, b0, start1, stop1, a1, b1, start2, stop2, a2, b2, RANK, BLOCK_R,
-                )  # fmt: skip
-        there = (n < out_features)[:, None] & (m < rows)[None, :]
-        at = m[None, :] * out_features + n[:, None]
-        finishes = True
-        if SPLIT:
-            finishes, total = sum_of_splits(
-                total, partial, counters + tile, split, splits, at, rows * out_features, there,
-                A_THREAD=OUTS * ROWS // (32 * WARPS),
-            )  # fmt: skip
-        if finishes:
-            tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+        finish(
+            total, n, m, tile, split, splits, rows, out_features, bias, out, partial, counters,
+            u, B, signals, ranks, groups, start0, stop0, a0, b0, start1, stop1, a1, b1, start2, stop2, a2, b2,
+            WARPS, SPLIT, HAS_BIAS, ADAPTED, RANK, BLOCK_R,
+        )  # fmt: skip

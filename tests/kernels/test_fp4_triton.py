@@ -1,7 +1,7 @@
 """FP4's kernels, interpreted or on a card: the decoded matrix bit for bit, and the product of few rows."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +9,9 @@ from colora.kernels import fp4
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from .few_rows import Case, Operands, exact, random_operands, run
+
 ON_CARD = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
     not ON_CARD and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a card or TRITON_INTERPRET=1"
@@ -51,29 +54,16 @@ def test_dequantised_rows_and_columns() -> None:
     assert dequantize(stored.rows(5, 5), torch.bfloat16).shape == (0, 192)
 
 
-Parts = tuple[tuple[int, int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`parts`: (first column, last column + 1, first row of A, first row of B) of each adapted output."""
-
-    rows: int
-    out_features: int
-    in_features: int
-    bias: bool = False
-    rank: int = 0
-    parts: Parts = ()
-
-
 CASES = {
-    "one_row": Case(1, 64, 64),
-    "rows_beyond_a_tile": Case(5, 129, 256, bias=True),
-    "steps_of_two_chunks": Case(8, 130, 384, True, 16, ((0, 130, 0, 0),)),
-    "steps_of_one_chunk": Case(9, 70, 192, bias=True),
-    "many_rows": Case(40, 48, 512, False, 4, ((8, 40, 0, 0),)),
-    "most_rows": Case(128, 70, 320, True, 8, ((0, 20, 0, 0), (30, 70, 8, 20))),
-    "three_parts_and_pieces_of_x_a": Case(3, 80, 768, True, 32, ((0, 30, 0, 0), (30, 50, 64, 30), (50, 80, 32, 50))),
+    "one_row": Case(1, (64,), 64),
+    "rows_beyond_a_tile": Case(5, (129,), 256, bias=True),
+    "steps_of_two_chunks": Case(8, (130,), 384, 16, ((0, 130, 0, 0),), bias=True),
+    "steps_of_one_chunk": Case(9, (70,), 192, bias=True),
+    "many_rows": Case(40, (48,), 512, 4, ((8, 40, 0, 0),)),
+    "most_rows": Case(128, (70,), 320, 8, ((0, 20, 0, 0), (30, 70, 8, 20)), bias=True),
+    "three_parts_and_pieces_of_x_a": Case(
+        3, (80,), 768, 32, ((0, 30, 0, 0), (30, 50, 64, 30), (50, 80, 32, 50)), bias=True
+    ),
 }
 WAYS = {
     "plain": {},
@@ -88,51 +78,11 @@ WAYS = {
 }
 
 
-@dataclass
-class Operands:
-    x: Tensor
-    weight: fp4.FP4Tensor
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-
-
-def operands(case: Case) -> Operands:
-    generator = torch.Generator(DEVICE).manual_seed(1)
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, device=DEVICE)).to(DTYPE)
-
-    weight = torch.randn(case.out_features, case.in_features, generator=generator, device=DEVICE)
-    weight *= 2.0 ** torch.arange(case.out_features, device=DEVICE).remainder(7)[:, None]
-    return Operands(
-        x=random(case.rows, case.in_features),
-        weight=fp4.quantize(weight),
-        bias=random(case.out_features) if case.bias else None,
-        a=random(len(case.parts) * case.rank, case.in_features, scale=0.05),
-        b=random(sum(stop - start for start, stop, _, _ in case.parts), case.rank, scale=3.0),
-    )
-
-
-def exact(case: Case, given: Operands) -> Tensor:
-    """In double precision, of the weights that the trainer decodes."""
-    x = given.x.double()
-    y = x @ fp4.dequantize_reference(given.weight, torch.float32).double().T
-    if given.bias is not None:
-        y += given.bias.double()
-    for start, stop, a, b in case.parts:
-        u = x @ given.a[a : a + case.rank].double().T
-        y[:, start:stop] += u @ given.b[b : b + stop - start].double().T
-    return y
-
-
-def run(case: Case, given: Operands, **changes: int) -> Tensor:
-    from colora.kernels.few_rows_adapter import Adapter
-    from colora.kernels.fp4_few_rows import Config, launch
-
-    config = replace(Config(outs=64, warps=4, sharing=1, chunks=4, buffers=2, splits=1), **changes)
-    adapter = Adapter(given.a, given.b, case.parts) if case.parts else None
-    return launch(given.x, given.weight, given.bias, adapter, config)
+def operands(case: Case) -> Operands[fp4.FP4Tensor]:
+    generator, out_features = torch.Generator(DEVICE).manual_seed(1), sum(case.outs)
+    weight = torch.randn(out_features, case.in_features, generator=generator, device=DEVICE)
+    weight *= 2.0 ** torch.arange(out_features, device=DEVICE).remainder(7)[:, None]
+    return random_operands(case, fp4.quantize(weight), DTYPE, generator, b_scale=3.0)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -151,14 +101,14 @@ def test_equals_the_decoded_weights(case: Case, way: dict[str, int]) -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_columns_that_each_pick_one_weight(way: dict[str, int]) -> None:
     """x = the identity: the product is the matrix, bit for bit: every code, scale and column is where it should be."""
-    case = Case(64, 70, 64)
+    case = Case(64, (70,), 64)
     given = replace(operands(case), x=torch.eye(64, device=DEVICE, dtype=DTYPE))
     assert torch.equal(run(case, given, **way).T, fp4.dequantize_reference(given.weight, DTYPE))
 
 
 def test_rows_of_a_matrix_and_of_x() -> None:
     """What `FP4Tensor.rows` gives, and an x whose rows are part of wider ones."""
-    case = Case(3, 100, 256)
+    case = Case(3, (100,), 256)
     given = operands(case)
     whole = run(case, given)
     wide = torch.cat((given.x, given.x), dim=1)
@@ -178,7 +128,7 @@ def test_fits() -> None:
     assert not fits(x), "many rows"
     assert not fits(x[:0]), "none"
     assert not fits(x[:64, :64].T), "columns first"
-    case = Case(129, 64, 64)
+    case = Case(129, (64,), 64)
     with pytest.raises(
         ValueError, match="129 rows of x are too many for one launch, which takes 128; decode W instead"
     ):
@@ -186,12 +136,12 @@ def test_fits() -> None:
 
 
 LARGE = {
-    "4b.qkv": Case(8, 6144, 2560, False, 16, ((0, 4096, 0, 0), (4096, 5120, 16, 4096), (5120, 6144, 32, 5120))),
-    "4b.down": Case(64, 2560, 9728, False, 32, ((0, 2560, 0, 0),)),
-    "4b.gate_up": Case(128, 19456, 2560, False, 16, ((0, 9728, 0, 0), (9728, 19456, 16, 9728))),
-    "8b.gate_up": Case(33, 24576, 4096, True, 16, ((0, 12288, 0, 0), (12288, 24576, 16, 12288))),
-    "qwen2.5_0.5b.qkv": Case(17, 1152, 896, True, 8, ((0, 896, 0, 0), (1024, 1152, 8, 896))),
-    "4b.o_alone": Case(8, 2560, 4096),
+    "4b.qkv": Case(8, (6144,), 2560, 16, ((0, 4096, 0, 0), (4096, 5120, 16, 4096), (5120, 6144, 32, 5120))),
+    "4b.down": Case(64, (2560,), 9728, 32, ((0, 2560, 0, 0),)),
+    "4b.gate_up": Case(128, (19456,), 2560, 16, ((0, 9728, 0, 0), (9728, 19456, 16, 9728))),
+    "8b.gate_up": Case(33, (24576,), 4096, 16, ((0, 12288, 0, 0), (12288, 24576, 16, 12288)), bias=True),
+    "qwen2.5_0.5b.qkv": Case(17, (1152,), 896, 8, ((0, 896, 0, 0), (1024, 1152, 8, 896)), bias=True),
+    "4b.o_alone": Case(8, (2560,), 4096),
 }
 
 
@@ -204,7 +154,7 @@ def test_large_shapes_on_the_card(case: Case) -> None:
 
     given = operands(case)
     true = exact(case, given)
-    for config in candidates((case.out_features, case.in_features), rows_of_program(case.rows), 132):
+    for config in candidates((sum(case.outs), case.in_features), rows_of_program(case.rows), 132):
         first, second = (run(case, given, **vars(config)) for _ in range(2))
         assert (first.double() - true).norm() / true.norm() < BOUND, config
         assert torch.equal(first, second), config
@@ -213,7 +163,7 @@ def test_large_shapes_on_the_card(case: Case) -> None:
 @pytest.mark.gpu
 def test_products_that_follow_one_another() -> None:
     """Each starts before the one ahead has ended, reads what that wrote and takes memory that it has freed."""
-    case = Case(8, 2048, 2048, rank=16, parts=((0, 2048, 0, 0),))
+    case = Case(8, (2048,), 2048, rank=16, parts=((0, 2048, 0, 0),))
     given = operands(case)
 
     def chain(check: bool) -> Tensor:

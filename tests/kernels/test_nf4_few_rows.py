@@ -1,14 +1,17 @@
 """The NF4 product of few rows against the decoded weights in double precision, interpreted or on a card."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from colora.kernels import nf4
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from .few_rows import Case, Operands, exact, random_operands, run
+
 ON_CARD = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
     not ON_CARD and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a card or TRITON_INTERPRET=1"
@@ -16,21 +19,6 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cuda" if ON_CARD else "cpu"
 # The interpreter multiplies the bits of bf16.
 BOUND = {torch.float16: 7e-4} | ({torch.bfloat16: 5e-3} if ON_CARD else {})
-Parts = tuple[tuple[int, int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`parts`: (first column, last column + 1, first row of A, first row of B) of each adapted output."""
-
-    rows: int
-    outs: tuple[int, ...]
-    in_features: int
-    rank: int = 0
-    parts: Parts = ()
-    bias: bool = False
-
-
 CASES = {
     "one_row": Case(1, (64,), 64),
     "rows_beyond_a_tile": Case(5, (100, 29), 256, bias=True),
@@ -47,55 +35,14 @@ CASES = {
 }
 
 
-@dataclass
-class Operands:
-    x: Tensor
-    weight: nf4.NF4Tensor
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-
-
-def operands(case: Case, dtype: torch.dtype) -> Operands:
+def operands(case: Case, dtype: torch.dtype) -> Operands[nf4.NF4Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, device=DEVICE)).to(dtype)
-
     weight = nf4.empty(case.outs, case.in_features, DEVICE)
     weight.codes.random_(0, 256, generator=generator)
     weight.scale_codes.random_(0, 256, generator=generator)
     weight.group_scales.uniform_(0.01, 0.03, generator=generator)
     weight.offset.uniform_(0.04, 0.06, generator=generator)
-    b_rows = sum(stop - start for start, stop, _, _ in case.parts)
-    return Operands(
-        x=random(case.rows, case.in_features),
-        weight=weight,
-        bias=random(sum(case.outs)) if case.bias else None,
-        a=random(len(case.parts) * case.rank, case.in_features, scale=0.05),
-        b=random(b_rows, case.rank, scale=0.1),
-    )
-
-
-def exact(case: Case, given: Operands) -> Tensor:
-    """In double precision, of the weights that the trainer decodes."""
-    x = given.x.double()
-    y = x @ nf4.dequantize_reference(given.weight, given.x.dtype).double().T
-    if given.bias is not None:
-        y += given.bias.double()
-    for start, stop, a, b in case.parts:
-        u = x @ given.a[a : a + case.rank].double().T
-        y[:, start:stop] += u @ given.b[b : b + stop - start].double().T
-    return y
-
-
-def run(case: Case, given: Operands, **changes: object) -> Tensor:
-    from colora.kernels.few_rows_adapter import Adapter
-    from colora.kernels.nf4_few_rows import Config, launch
-
-    config = replace(Config(outs=64, warps=4, sharing=1, blocks=4, buffers=2, registers=None, splits=1), **changes)  # type: ignore[arg-type]
-    adapter = Adapter(given.a, given.b, case.parts) if case.parts else None
-    return launch(given.x, given.weight, given.bias, adapter, config)
+    return random_operands(case, weight, dtype, generator, b_scale=0.1)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
