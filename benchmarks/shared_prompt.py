@@ -19,6 +19,7 @@ CASES = {  # tokens of the prompt, of a completion, of a row at most
     "512+1k": (512, 1024, 16384),
     "4k+1k": (4096, 1024, 16384),
     "30k+2k": (30720, 2048, 49152),
+    "4k+16k": (4096, 16384, 53248),
 }
 COMPLETIONS = 8
 CHECKED = (512, 128, 16384)  # likewise, compared with fp32

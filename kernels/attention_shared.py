@@ -8,7 +8,8 @@ that it computes again are e^(score - l). The prompt's keys and values are read 
 never copied. Sliding windows see little of the prompt: its end is put in front of each continuation instead.
 
 FLOPs: 4 D a visible pair and query head forward, 10 D backward, as for sequences of their own. Bytes kept: q, k, v, the
-output and 4 per token and query head. Error: that of `packed_attention`, and two roundings of the parts' outputs.
+output and 4 per token and query head; with a window the prompt's end in k and v once for each continuation instead of
+once. Error: that of `packed_attention`, and two roundings of the parts' outputs.
 """
 
 from collections.abc import Sequence

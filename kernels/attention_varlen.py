@@ -61,7 +61,7 @@ def varlen_attention(
     )[0]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # a row has up to four for each shared prompt
 def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(sequences + 1,) int32: where each sequence of the row begins, and where the last one ends.
 

@@ -105,7 +105,8 @@ class Learner:
         if compared:
             self._compare(step, *(torch.cat(side) for side in zip(*compared, strict=True)))
         if micro_batches:
-            tokens = sum(len(micro.tokens) for micro in micro_batches)
+            # Of whole sequences: with a shared prompt counted once, the faster step would seem the slower.
+            tokens = sum(len(sample.tokens) for micro in micro_batches for sample in micro.samples)
             self.metrics.add("throughput/train_tokens_per_s", tokens / max(time.perf_counter() - started, 1e-9))
         return total
 
@@ -198,7 +199,7 @@ class Learner:
             logger.warning(
                 "step %d: %.0f %% of the %d tokens in its rows are prompts computed again for other completions of "
                 "their group, as rows have at most tokens_per_microbatch=%d tokens; with %d, if memory allows, each "
-                "prompt is computed once. This is said once.",
+                "prompt of this step is computed once. This is said once.",
                 step, 100 * repeated / tokens, tokens, self.args.tokens_per_microbatch, budget,
             )  # fmt: skip
 

@@ -18,6 +18,10 @@ from .streams import to_device
 # Of the tokens of prompts and completions, that sharing has to spare to be worth attention's further calls: 4B gains
 # from 0.15, 8B from 0.1 (benchmarks/shared_prompt.py).
 SHARE_FROM = 0.15
+# As much again for every so many tokens of the average completion: over long sequences attention to the prompt and to
+# the completion apart has 0.6 of the speed of cuDNN's attention to both (benchmarks/attention.py, peers of causal_*).
+# By those figures a step of a 4B model would take a quarter longer with prompts of 4096 and completions of 16384.
+LONG_COMPLETION = 8192
 
 
 @dataclass
@@ -98,88 +102,106 @@ def pack(
 ) -> list[MicroBatch]:
     """Split samples into micro-batches of at most `token_budget` tokens each.
 
-    Families, samples that share a prompt, one after the other, those with the longest samples first, and of each the
-    longest first; each sample into the first micro-batch that has room, where a prompt counts once. A sample longer
-    than the budget gets a micro-batch of its own. Samples without trained tokens are left out. Prompts are shared where
-    that spares the share `share_from` of a family's tokens.
+    Samples that share a prompt, a family, stay in one micro-batch where it can hold them all, and are otherwise cut
+    into as few parts as fit. The largest part first, each goes into the first micro-batch that has room. A sample
+    longer than the budget gets a micro-batch of its own. Samples without trained tokens are left out.
+
+    Args:
+        samples: what is trained.
+        token_budget: most tokens in a row, where a prompt that is shared counts once.
+        device: of the micro-batches' tensors.
+        share_from: prompts are shared where that spares this share of a family's tokens, and more of long completions
+            (`LONG_COMPLETION`); 0: always.
     """
-    bins: list[_Bin] = []
-    for family in _families([sample for sample in samples if sample.targets], share_from):
-        for sample in family:
-            chosen = next((some for some in bins if some.used + some.cost(sample, family) <= token_budget), None)
-            if chosen is None:
-                chosen = _Bin()
-                bins.append(chosen)
-            chosen.add(sample, family)
-    return [_micro_batch(some.families, device) for some in bins]
+    families = _families([sample for sample in samples if sample.targets], share_from)
+    parts = [part for family in families for part in _parts(family, token_budget)]
+    parts.sort(key=_tokens, reverse=True)
+    rows = _first_fit([_tokens(part) for part in parts], token_budget)
+    return [_micro_batch([parts[index] for index in row], device) for row in rows]
 
 
 def repeated_prompts(samples: Sequence[TrainingSample], micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
-    """(tokens of shared prompts beyond the first time that these rows have them, the budget with which none has)."""
+    """How often micro-batches, those that `pack` makes of the samples, have the same shared prompt again.
+
+    Returns:
+        The tokens of shared prompts beyond the first time that a row has them, and the least budget with which there
+        are none; 0 where no prompt is shared.
+    """
     families = _families([sample for sample in samples if sample.targets])
-    once = [
-        len(first.tokens) + sum(len(sample.tokens) - sample.prompt for sample in others) for first, *others in families
-    ]
-    return sum(len(micro.tokens) for micro in micro_batches) - sum(once), max(once, default=0)
+    repeated = sum(len(micro.tokens) for micro in micro_batches) - sum(map(_tokens, families))
+    return repeated, max((_tokens(family) for family in families if len(family) > 1), default=0)
 
 
-class _Bin:
-    """A micro-batch that is being filled: its families, each the samples of one that are in it."""
+def _shared_prompt(part: Sequence[TrainingSample]) -> int:
+    """Tokens of the prompt that the samples of a family that are in one row share; 0 of one alone."""
+    return part[0].prompt if len(part) > 1 else 0
 
-    def __init__(self) -> None:
-        self.families: list[list[TrainingSample]] = []
-        self.used = 0
-        self._last: list[TrainingSample] | None = None  # the family that the last of `families` is of
 
-    def cost(self, sample: TrainingSample, family: list[TrainingSample]) -> int:
-        shared = sample.prompt if len(family) > 1 and self._last is family else 0
-        return len(sample.tokens) - shared
+def _tokens(part: Sequence[TrainingSample]) -> int:
+    """What such samples take of a row."""
+    prompt = _shared_prompt(part)
+    return prompt + sum(len(sample.tokens) - prompt for sample in part)
 
-    def add(self, sample: TrainingSample, family: list[TrainingSample]) -> None:
-        self.used += self.cost(sample, family)
-        if self._last is not family:
-            self.families.append([])
-            self._last = family
-        self.families[-1].append(sample)
+
+def _parts(family: list[TrainingSample], token_budget: int) -> list[list[TrainingSample]]:
+    """The family, or where it takes more than the budget, the parts of it for several micro-batches."""
+    prompt = _shared_prompt(family)
+    groups = _first_fit([len(sample.tokens) - prompt for sample in family], token_budget - prompt)
+    return [[family[index] for index in group] for group in groups]
+
+
+def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `sizes` in groups: each joins the first group that has room for it, or begins one."""
+    groups: list[list[int]] = []
+    taken: list[int] = []
+    for index, size in enumerate(sizes):
+        chosen = next((number for number, used in enumerate(taken) if used + size <= room), len(groups))
+        if chosen == len(groups):
+            groups.append([])
+            taken.append(0)
+        groups[chosen].append(index)
+        taken[chosen] += size
+    return groups
 
 
 def _families(samples: Sequence[TrainingSample], share_from: float = SHARE_FROM) -> list[list[TrainingSample]]:
-    """Samples with the same prompt together where it is worth sharing, others each alone; the longest first."""
+    """Samples with the same prompt together where it is worth sharing, the longest first, and others each alone."""
     by_prompt: dict[tuple[int, ...], list[TrainingSample]] = {}
-    alone: list[list[TrainingSample]] = []
+    families: list[list[TrainingSample]] = []
     for sample in samples:
         if 0 < sample.prompt < len(sample.tokens):
             by_prompt.setdefault(tuple(sample.tokens[: sample.prompt]), []).append(sample)
         else:
-            alone.append([sample])
+            families.append([sample])
     for family in by_prompt.values():
-        spared = family[0].prompt * (len(family) - 1)
-        if len(family) > 1 and spared >= share_from * sum(len(sample.tokens) for sample in family):
-            alone.append(sorted(family, key=lambda sample: -len(sample.tokens)))
+        prompt, tokens = family[0].prompt, sum(len(sample.tokens) for sample in family)
+        least = share_from * (1 + (tokens / len(family) - prompt) / LONG_COMPLETION)
+        if len(family) > 1 and prompt * (len(family) - 1) >= least * tokens:
+            families.append(sorted(family, key=lambda sample: -len(sample.tokens)))
         else:
-            alone += [[sample] for sample in family]
-    return sorted(alone, key=lambda family: -len(family[0].tokens))
+            families += [[sample] for sample in family]
+    return families
 
 
-def _micro_batch(families: list[list[TrainingSample]], device: torch.device | str) -> MicroBatch:
+def _micro_batch(parts: list[list[TrainingSample]], device: torch.device | str) -> MicroBatch:
     tokens: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
     sequence: list[int] = []
     layout: list[Entry] = []
     samples: list[TrainingSample] = []
-    for family in families:
-        start, prompt = len(tokens), family[0].prompt if len(family) > 1 else 0
-        tokens += family[0].tokens[:prompt]
-        for sample in family:
+    for part in parts:
+        start, prompt = len(tokens), _shared_prompt(part)
+        tokens += part[0].tokens[:prompt]
+        for sample in part:
             behind = len(tokens) - prompt  # where position 0 of the sample would be if its prompt stood before it
             tokens += sample.tokens[prompt:]
             # The first token of a completion is predicted from the prompt's last.
-            rows += [(start if position == prompt else behind) + position - 1 for position in sample.targets]
+            rows += [(start if position <= prompt else behind) + position - 1 for position in sample.targets]
             targets += [sample.tokens[position] for position in sample.targets]
             sequence += [len(samples)] * len(sample.targets)
             samples.append(sample)
-        lengths = [len(sample.tokens) - prompt for sample in family]
+        lengths = [len(sample.tokens) - prompt for sample in part]
         layout.append((prompt, *lengths) if prompt else lengths[0])
     as_tensor = [torch.tensor(values, dtype=torch.int64, device=device) for values in (tokens, rows, targets, sequence)]
     return MicroBatch(samples, layout, *as_tensor)

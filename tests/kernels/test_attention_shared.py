@@ -1,12 +1,14 @@
 """Continuations of one prompt: as if each were a sequence of its own behind a prompt of its own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from colora.kernels import attention_shared
 from colora.kernels.attention import packed_attention, packed_attention_reference
 from colora.kernels.attention_shared import continued_attention, continued_attention_reference
+from colora.kernels.attention_varlen import sequence_starts
 from colora.kernels.row_layout import Layout, is_layout, positions, prolonged, row_tokens
 from torch import Tensor
 
@@ -121,6 +123,27 @@ def test_the_parts_softmax_is_put_together(lengths: tuple[int, ...], monkeypatch
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # its parts meet in fp32
 
 
+def test_starts_of_a_row_with_many_prompts_outlast_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go to the device once for a row, and not again with each layer."""
+
+    def flash(*arguments: Any) -> tuple[Tensor, Tensor]:
+        for lengths in arguments[3:5]:
+            sequence_starts(lengths, arguments[0].device)
+        return cpu_flash(*arguments)
+
+    monkeypatch.setattr(attention_shared, "flash", flash)
+    sequence_starts.cache_clear()
+    misses = []
+    for _layer in range(2):
+        for family in range(64):
+            prompt, lengths = 5 + family, (1, family + 1)
+            q, k, v = random_row([prompt + sum(lengths)])
+            own = (k[prompt:], v[prompt:])
+            continued_attention(q[prompt:], (k[:prompt], v[:prompt]), own, lengths, SCALE)
+        misses.append(sequence_starts.cache_info().misses)
+    assert misses[0] == misses[1] > 128
+
+
 def test_what_is_not_finite_stays_in_what_sees_it() -> None:
     layout = [(4, 3, 2), 3]
     row = random_row(layout)
@@ -135,7 +158,9 @@ def test_what_is_not_finite_stays_in_what_sees_it() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 256])
 @pytest.mark.parametrize(
-    "layout", [[(512, 700, 300, 1000)], [(3000, 130, 1), 900, (40, 2500, 60)], [(9000, 2048, 1024)]], ids=str
+    "layout",
+    [[(512, 700, 300, 1000)], [(3000, 130, 1), 900, (40, 2500, 60)], [(9000, 2048, 1024)], [(300, 1, 1, 1), 20]],
+    ids=str,
 )
 def test_kernels_on_the_card(layout: Layout, window: int | None) -> None:
     """Against fp32, no further than sequences of their own are, twice over."""

@@ -2,7 +2,7 @@
 
 import pytest
 from colora.kernels.row_layout import row_tokens
-from colora.rl.packing import MicroBatch, TrainingSample, pack
+from colora.rl.packing import MicroBatch, TrainingSample, pack, repeated_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ def family(prompt: int, completions: list[tuple[int, int]], first: int) -> list[
     for index, (length, trained) in enumerate(completions):
         own = first + prompt + 100 * index
         tokens = [*range(first, first + prompt), *range(own, own + length)]
-        targets = list(range(prompt + length - min(trained, length), prompt + length))
+        targets = list(range(max(1, prompt + length - trained), prompt + length))
         made.append(TrainingSample(tokens, targets, [-0.5] * len(targets), float(length), prompt=prompt))
     return made
 
@@ -41,7 +41,7 @@ def seen(micro: MicroBatch, row: int) -> list[int]:
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 40), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=6)),
+        st.tuples(st.integers(1, 40), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 25)), max_size=6)),
         max_size=8,
     ),
     st.integers(1, 90),
@@ -73,14 +73,45 @@ def test_a_prompt_is_there_once() -> None:
     assert micro.rows[:2].tolist() == [29, 30], "its first token follows the prompt's last"
 
 
-def test_a_family_that_does_not_fit_is_split_and_others_fill_up() -> None:
+def test_a_family_that_does_not_fit_is_split() -> None:
     made = family(30, [(6, 6)] * 3, 0) + family(8, [(4, 4)] * 2, 1000)
     assert [micro.layout for micro in pack(made, 42)] == [[(30, 6, 6)], [36], [(8, 4, 4)]]
-    assert [micro.layout for micro in pack(made, 60)] == [[(30, 6, 6, 6), 12], [12]]
+    assert [micro.layout for micro in pack(made, 52)] == [[(30, 6, 6, 6)], [(8, 4, 4)]]
+    assert [micro.layout for micro in pack(made, 64)] == [[(30, 6, 6, 6), (8, 4, 4)]]
+
+
+def test_a_family_is_not_scattered_over_what_others_leave() -> None:
+    """Eight rows have room for one of its completions each: seven prompts more than in a row of its own."""
+    others = [sample(51, 1, 1000 * index) for index in range(1, 9)]
+    layouts = [micro.layout for micro in pack(others + family(40, [(7, 7)] * 8, 0), 100)]
+    assert layouts == [[(40, *[7] * 8)]] + [[51]] * 8
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 20), min_size=1, max_size=6)), max_size=8),
+    st.integers(1, 90),
+)
+def test_prompts_are_repeated_only_where_the_budget_is_below_the_one_named(
+    families: list[tuple[int, list[int]]], budget: int
+) -> None:
+    samples = [
+        sample
+        for index, (prompt, lengths) in enumerate(families)
+        for sample in family(prompt, [(length, length) for length in lengths], 1000 * index)
+    ]
+    repeated, enough = repeated_prompts(samples, pack(samples, budget))
+    assert (repeated > 0) == (budget < enough)
+    assert repeated_prompts(samples, pack(samples, enough)) == (0, enough)
 
 
 def test_a_short_prompt_is_not_worth_sharing() -> None:
     assert [micro.layout for micro in pack(family(2, [(30, 30)] * 4, 0), 200)] == [[32] * 4]
+
+
+def test_long_completions_take_a_longer_prompt_to_be_worth_sharing() -> None:
+    for prompt, completion, shared in ((4096, 1024, True), (4096, 16384, False), (32768, 16384, True)):
+        layouts = [micro.layout for micro in pack(family(prompt, [(completion, 1)] * 4, 0), 200_000)]
+        assert layouts == ([[(prompt, *[completion] * 4)]] if shared else [[prompt + completion] * 4])
 
 
 def test_streams_follow_the_trained_tokens() -> None:
