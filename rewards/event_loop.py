@@ -12,13 +12,16 @@ INTERRUPTIBLE_SECONDS = 0.25
 
 
 class EventLoopThread:
-    """Runs coroutines on a daemon thread. The loop lives as long as this object, so clients bound to it can be kept."""
+    """Runs coroutines on a daemon thread. The loop lives as long as this object, so clients bound to it can be kept.
+
+    Raises:
+        OSError: no loop can be made, such as where too many files are open.
+    """
 
     def __init__(self, name: str):
-        started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
-        thread = threading.Thread(target=_serve, args=(started,), name=name, daemon=True)
+        self._loop = asyncio.new_event_loop()  # not by the thread, whose errors nobody would see
+        thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         thread.start()
-        self._loop = started.result()
         self._finalizer = weakref.finalize(self, _stop, self._loop, thread)
 
     def submit(self, coroutine: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
@@ -41,11 +44,10 @@ def wait_for(future: "concurrent.futures.Future[Result]") -> Result:
     return future.result()
 
 
-def _serve(started: "concurrent.futures.Future[asyncio.AbstractEventLoop]") -> None:
-    with asyncio.Runner() as runner:  # on leaving, it cancels the remaining tasks, waits for them and closes the loop
-        loop = runner.get_loop()
-        started.set_result(loop)
-        loop.run_forever()
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    # On leaving, the runner cancels the remaining tasks, waits for them and closes the loop.
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.get_loop().run_forever()
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

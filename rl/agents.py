@@ -1,6 +1,7 @@
 """Agents in the trainer: conversations with tools and environments instead of completions, by TRL's contracts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -196,12 +197,13 @@ class AgentCollector(Collector):
                 tasks.append(Task(f"{step}/{slot}/{sample}", prompt, row, sampling, seeds, where, known))
         return tasks
 
-    def _conversations(self, tasks: Sequence[Task]) -> Iterator[list[Trajectory]]:
-        for ended in self.agent.steps(tasks):
-            for conversation in ended:
-                self._had[conversation.trajectory.request_id] = conversation
-                self.agents.rewarded[id(conversation.environment)] = conversation
-            yield [conversation.trajectory for conversation in ended]
+    def _conversations(self, tasks: Sequence[Task]) -> Generator[list[Trajectory], None, None]:
+        with closing(self.agent.steps(tasks)) as steps:
+            for ended in steps:
+                for conversation in ended:
+                    self._had[conversation.trajectory.request_id] = conversation
+                    self.agents.rewarded[id(conversation.environment)] = conversation
+                yield [conversation.trajectory for conversation in ended]
         self._seconds += self.agent.statistics.seconds
         self._idle += self.agent.statistics.idle_seconds
 

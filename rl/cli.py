@@ -94,16 +94,18 @@ def _env() -> int:
 def _guarded(command: Callable[[], int], debug: bool, hint: str = "") -> int:
     """`command`, with errors of the user's as one line. `hint` follows where it is interrupted."""
     from ..rewards.runner import RewardError
+    from ..rollout.toolkit import EnvironmentFailure
     from ..weightshare.guard import ParityError
     from ..weightshare.vllm_names import VLLMUnusable
 
+    of_functions = (RewardError, EnvironmentFailure)  # of the user's, whose own errors are their causes
     try:
         return command()
     except KeyboardInterrupt:
         print(f"interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RewardError, ParityError, VLLMUnusable, FloatingPointError) as error:
-        cause = error.__cause__ if isinstance(error, RewardError) else None
+    except (ValueError, OSError, *of_functions, ParityError, VLLMUnusable, FloatingPointError) as error:
+        cause = error.__cause__ if isinstance(error, of_functions) else None
         if debug:
             traceback.print_exc()
         elif cause is not None and (cause.__traceback__ or hasattr(cause, "__notes__")):
@@ -167,23 +169,22 @@ def _dry_run(run: "RunConfig", config: "GRPOConfig") -> int:
 
 
 def _run(run: "RunConfig", config: "GRPOConfig") -> int:
-    from .checkpoint import RUN_FILE, write_durably
     from .inputs import open_inputs
-    from .rebuild import located_yaml
+    from .rebuild import RunFile
     from .trainer import GRPOTrainer
 
     inputs = open_inputs(run, config)
-    description = located_yaml(run, config)  # makes a GRPOConfig, which must not come after the trainer's
+    description = RunFile(run, config)  # makes a GRPOConfig, which must not come after the trainer's
     trainer = GRPOTrainer(
         model=run.model,
         reward_funcs=inputs.reward_funcs,
         args=config,
         train_dataset=inputs.train_dataset,
         eval_dataset=inputs.eval_dataset,
+        callbacks=[description],
         peft_config=inputs.lora,
         **inputs.agents,
     )
-    write_durably(trainer.output_dir / RUN_FILE, description)
     try:
         trainer.train(resume_from_checkpoint=run.resume)
     finally:

@@ -1,8 +1,8 @@
 """One generation: prompts in, scored and recorded completions out."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ FAILURES = "reward_failures"  # column of the records: of each function that fai
 Report = Callable[[str, int, int], None]
 Request = RolloutRequest | Task
 # Requests in; what finished since the last time out, again and again, often nothing: reward workers are seen to then.
-Rollouts = Callable[[Sequence[Any]], Iterator[list[Trajectory]]]
+Rollouts = Callable[[Sequence[Any]], Generator[list[Trajectory], None, None]]
 
 
 @dataclass
@@ -241,13 +241,14 @@ class Collector:
 
         Args:
             take: gets each, with the place of its request, when it finishes.
-            meanwhile: called now and then. What either raises is raised when the engine has ended all requests.
+            meanwhile: called now and then.
+
+        What either raises, and an interrupt, may leave the engine with unfinished requests (see `RolloutEngine.abort`).
         """
         places = {request.request_id: place for place, request in enumerate(requests)}
         finished: dict[int, Trajectory] = {}
-        steps = self.rollouts(requests)
-        try:
-            self.report("generating", 0, len(requests))
+        self.report("generating", 0, len(requests))
+        with closing(self.rollouts(requests)) as steps:  # what fails here is to end conversations there, at once
             for step in steps:
                 for trajectory in step:
                     place = places[trajectory.request_id]
@@ -255,11 +256,6 @@ class Collector:
                     take(place, trajectory)
                 self.report("generating", len(finished), len(requests))
                 meanwhile()
-        except Exception:
-            # An engine with unfinished requests can neither sleep nor be given a new adapter: let it end them. Not so
-            # where the user interrupts.
-            deque(steps, maxlen=0)
-            raise
         return [finished[place] for place in range(len(requests))]
 
     def prompt(self, trajectory: Trajectory, row: Row) -> Prompt:
@@ -278,7 +274,7 @@ class Collector:
         """The completions of records, from their tokens."""
         return self.completions([r.trajectory for r in records], [r.prompt for r in records])
 
-    def _engine_steps(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Trajectory]]:
+    def _engine_steps(self, requests: Sequence[RolloutRequest]) -> Generator[list[Trajectory], None, None]:
         self.engine.submit(requests)
         while self.engine.unfinished:
             yield self.engine.step()

@@ -1,7 +1,6 @@
 """From a dataset to the prompts of each step: order, tokenisation, checks."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
-from ..rollout.chat_format import writes_parts
 from ..rollout.engine import sample_seed
+from ..rollout.message_parts import MessageParts
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, Any]]
@@ -171,10 +170,14 @@ class PromptTokenizer:
     ):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self._parts = MessageParts(tokenizer, self.chat_template_kwargs)
 
     def __call__(self, prompt: Prompt, where: str) -> list[int]:
         """Token ids of `prompt`; `where` names it in errors."""
-        self._check_contents(prompt, where)
+        try:
+            self._parts.check(prompt if isinstance(prompt, list) else [])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         try:
             ids = self.encode(prompt, where)
         except (TemplateError, TypeError, KeyError) as error:  # what templates raise themselves, and run into
@@ -188,29 +191,6 @@ class PromptTokenizer:
                 "raise max_context"
             )
         return ids
-
-    def _check_contents(self, prompt: Prompt, where: str) -> None:
-        """Raise ValueError for messages of which the chat template would write nothing, or not what they hold."""
-        for message in prompt if isinstance(prompt, list) else []:
-            if not isinstance(message, dict) or "content" not in message:
-                continue
-            role, content = message.get("role"), message["content"]
-            if content is None and role != "assistant":  # whose turns may be nothing but calls of tools
-                raise ValueError(f"{where}: the content of a message of the role {role!r} is None: give a text")
-            if not isinstance(content, list):
-                continue
-            others = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
-            if others:
-                raise ValueError(f"{where}: a message has the part {others[0]!r:.100}: prompts are text only")
-            if not self._writes_parts:
-                raise ValueError(
-                    f"{where}: the content of a message is a list of parts, which this chat template does not write: "
-                    "give it as a text"
-                )
-
-    @cached_property
-    def _writes_parts(self) -> bool:
-        return writes_parts(self.tokenizer, self.chat_template_kwargs)
 
     def encode(self, prompt: Prompt, where: str) -> list[int]:
         """Token ids, however many."""

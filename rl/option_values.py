@@ -10,6 +10,7 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 from ..weightshare.base_format import BASES
 from .options import ALSO_ACCEPTED
@@ -23,6 +24,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "activation_offload": ("auto", "true", "false"),
     "kernels": ("auto", "reference"),
     "reward_errors": ("stop", "none"),
+    "log_level": tuple(trainer_log_levels),
+    "log_level_replica": tuple(trainer_log_levels),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "gmpo"),
     "importance_sampling_level": ("token", "sequence", "sequence_token"),
     "advantage_estimator": ("group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"),
@@ -102,8 +105,12 @@ OF_BITSANDBYTES = (
     *("paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
 )
 
+# Values that optimizers keep of each parameter, by a part of their names, where there are not two.
+_MOMENTS = {"ademamix": 3, "grokadamw": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 1, "sgd": 1}
+
 _WHY = {
     "num_generations": "advantages compare the completions of one prompt, so a group needs at least two",
+    "max_steps": "-1 or not given: as many as num_train_epochs gives",
     "temperature": "greedy decoding explores nothing and has no log-probs to learn from",
     "loss_type": "GSPO is loss_type grpo with importance_sampling_level sequence, or algorithm gspo",
     "reward_errors": "`stop` ends the run with the last checkpoint intact, `none` leaves the sample out and goes on",
@@ -192,6 +199,19 @@ def check_optimizer(optim: Any) -> None:
         )
 
 
+def optimizer_state_bytes(optim: Any) -> int:
+    """Bytes that an optimizer keeps of each parameter on the GPU, rounded up.
+
+    What is paged is counted as if it stayed there. Tensors of less than 4096 elements, which bitsandbytes keeps in fp32
+    however many bits are asked for, are not told apart: a model has some hundreds of them at most, so a few MiB.
+    """
+    name = str(getattr(optim, "value", optim))
+    moments = next((count for part, count in _MOMENTS.items() if part in name), 2)  # Adam and what comes of it
+    if name in OF_BITSANDBYTES and name.endswith("8bit"):
+        return moments + 1  # a byte each, and a scale every 256
+    return 4 * moments
+
+
 def check_numbers(config: Any) -> None:
     """Raise ValueError where an option is not a finite number of the right kind and size, or None by default."""
     for name, whole, least, inclusive in _LIMITS:
@@ -200,6 +220,8 @@ def check_numbers(config: Any) -> None:
             continue
         if value is not None or not is_default(config, name):
             _check_number(name, value, whole, least, inclusive)
+    if config.max_steps != -1:
+        _check_number("max_steps", config.max_steps, True, 1, True)
     if config.top_entropy_quantile > 1:
         raise ValueError(
             f"top_entropy_quantile={config.top_entropy_quantile!r} must be a share of the tokens, from 0 to 1 (all)"

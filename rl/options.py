@@ -51,7 +51,6 @@ INERT: dict[str, str] = {
     **_same(
         "there is one process",
         "average_tokens_across_devices",
-        "ddp_backend",
         "ddp_broadcast_buffers",
         "ddp_bucket_cap_mb",
         "ddp_find_unused_parameters",
@@ -117,7 +116,7 @@ REFUSED: dict[str, str] = {
         "batch_eval_metrics",
         "label_names",
     ),
-    **_same(_ONE_PROCESS, "local_rank", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"),
+    **_same(_ONE_PROCESS, "local_rank", "ddp_backend", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"),
     "accelerator_config": "batches are built here, packed to `tokens_per_microbatch`; accelerate has nothing to split",
     **_same(
         _PROMPTS,

@@ -5,14 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainingArguments
+
 from ..rewards.loading import load_reward
 from ..rollout.records import read_records
-from .checkpoint import ROLLOUTS, RUN_FILE
+from .checkpoint import ROLLOUTS, RUN_FILE, write_durably
 from .config import GRPOConfig
 from .inputs import agent_arguments, open_datasets
 from .resolved import resolved_yaml
 from .run_config import RunConfig, read_run_config
 from .trainer import GRPOTrainer
+
+
+class RunFile(TrainerCallback):
+    """Writes what a run is to RUN_FILE when it begins, or goes on: a resume that is refused changes nothing there."""
+
+    def __init__(self, run: RunConfig, config: GRPOConfig):
+        self.text = located_yaml(run, config)
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **state: Any) -> None:
+        write_durably(Path(str(args.output_dir)) / RUN_FILE, self.text)
 
 
 def located_yaml(run: RunConfig, config: GRPOConfig) -> str:

@@ -1,7 +1,7 @@
 """Rollouts made by a function of the user's, by TRL's contract."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class RolloutFuncCollector(Collector):
             for sample in range(num_generations)
         ]
 
-    def _steps(self, tasks: Sequence[Task]) -> Iterator[list[Trajectory]]:
+    def _steps(self, tasks: Sequence[Task]) -> Generator[list[Trajectory], None, None]:
         if any(task.request_id not in self._made for task in tasks):
             self._make(tasks)
         yield [self._made[task.request_id] for task in tasks]

@@ -35,6 +35,7 @@ from ..weightshare.memory import check_fits
 from ..weightshare.weights import SharedWeights
 from .config import GRPOConfig
 from .families import block_spec, decoder_path, model_layout
+from .option_values import optimizer_state_bytes
 from .policy import Policy, load, resolve_dtype
 
 ModelLike = str | Path | Policy | PreTrainedModel
@@ -231,6 +232,7 @@ def _build_on_vllm(
         seed=args.seed,
         fp32_head=args.cast_lm_head_to_fp32,
         base=args.base,
+        state_bytes=optimizer_state_bytes(args.optim),
         engine_kwargs=kwargs,
     )
     policy = Policy(engine.weights, engine.config, engine.adapter)
@@ -238,7 +240,7 @@ def _build_on_vllm(
     guard = ParityGuard(args.parity_limit, policy.dtype)
     try:
         self_test(engine, partial(score, policy), guard, engine.weights, engine.adapter)
-    except Exception:
+    except BaseException:
         engine.close()  # the error's traceback holds it, and a process can have one engine open
         raise
     return policy, engine

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ class GRPOTrainer(Trainer):
         max_context, max_prompt = _context(setup.model_config(model), args)
         tokenize = _prompt_tokenizer(tokenizer, max_prompt, args, agents)
         train_dataset = agents.stand_in(args) if agents is not None and train_dataset is None else train_dataset
-        _check_datasets(train_dataset, eval_dataset, tokenize, args.prompts_per_generation, agents)
+        self._check_dataset = partial(_check_dataset, tokenize, agents)
+        self._check_dataset("train_dataset", train_dataset, args.prompts_per_generation)
+        for name, part in _named_datasets(eval_dataset):
+            self._check_dataset(name, part, 1)
         if isinstance(train_dataset, Dataset) and rollout_func is None:
             rewards.check_columns([*train_dataset.column_names, *(agents.columns if agents is not None else [])])
         assert train_dataset is not None  # check_dataset has seen to it
@@ -248,7 +252,11 @@ class GRPOTrainer(Trainer):
     def engine_awake(self) -> Iterator[None]:
         """The engine has its memory inside, and training has it outside."""
         self.engine.wake()
-        yield
+        try:
+            yield
+        except BaseException:
+            self.engine.abort()  # with unfinished requests it could neither sleep nor be given an adapter
+            raise
         self.engine.sleep()
 
     # ---- optimizer, logs, evaluation ---------------------------------------------------------------------------------
@@ -279,18 +287,21 @@ class GRPOTrainer(Trainer):
         The same seeds are drawn each time, so that evaluations of a run can be compared.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            merged: dict[str, float] = {}
-            for name, part in dataset.items():
-                merged |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return merged
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; pass one to the trainer or to evaluate()")
+        for name, part in _named_datasets(dataset):
+            self._check_dataset(name, part, 1)
+        if not isinstance(dataset, dict):
+            return self._evaluate_one(dataset, metric_key_prefix)
+        merged: dict[str, float] = {}
+        for name, part in dataset.items():
+            merged |= self._evaluate_one(part, f"{metric_key_prefix}_{name}")
+        return merged
+
+    def _evaluate_one(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         rows = list(enumerate(dataset))
-        if not rows or not isinstance(rows[0][1], Mapping):
-            raise ValueError("evaluate: eval_dataset has no rows to evaluate on: pass a datasets.Dataset with prompts")
-        if self.collector.tokenize.needs_prompt and "prompt" not in rows[0][1]:
-            raise ValueError(f"evaluate: eval_dataset has no `prompt` column, only {', '.join(rows[0][1])}")
+        if not rows or (self.collector.tokenize.needs_prompt and "prompt" not in rows[0][1]):  # of a stream
+            raise ValueError("eval_dataset: the stream has no rows, or no `prompt` in them")
         started, metrics = time.perf_counter(), Metrics()
         generations = self.args.num_generations_eval or self.args.group_size
         with self.engine_awake():
@@ -437,18 +448,13 @@ def _prompt_tokenizer(
     return tokenize if agents is None else ToolPromptTokenizer(tokenize, agents)
 
 
-def _check_datasets(
-    train: Dataset | IterableDataset | None,
-    evaluation: Dataset | dict[str, Dataset] | None,
-    tokenize: PromptTokenizer,
-    at_least: int,
-    agents: Agents | None,
+def _check_dataset(
+    tokenize: PromptTokenizer, agents: Agents | None, name: str, dataset: Dataset | IterableDataset | None, least: int
 ) -> None:
     """Raise ValueError for a dataset that is missing, too small, or has prompts or environments that cannot be used."""
-    for name, dataset in [("train_dataset", train), *_named_datasets(evaluation)]:
-        check_dataset(dataset, name, tokenize, at_least if dataset is train else 1)
-        if agents is not None:
-            agents.check_environments(dataset, name)
+    check_dataset(dataset, name, tokenize, least)
+    if agents is not None:
+        agents.check_environments(dataset, name)
 
 
 def _named_datasets(datasets: Dataset | dict[str, Dataset] | None) -> list[tuple[str, Dataset]]:

@@ -5,7 +5,7 @@ others. One thread owns the engine and all conversations; only tools run elsewhe
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .chat_format import Chat, Message, ToolRequest, Turn
 from .conversation import AgentLimits, AgentStatistics, Conversation, Ended, Task
 from .engine import RolloutEngine, RolloutRequest
 from .tool_calls import Call, ToolCaller
-from .toolkit import REWARD, Toolbox, Toolkit
+from .toolkit import REWARD, EnvironmentFailure, Toolbox, Toolkit
 from .trajectory import Segment, Trajectory
 
 RESET_ATTEMPTS = 2  # a sandbox may fail to start once
@@ -93,12 +93,12 @@ class Agent:
         for ended in self.steps(tasks):
             yield from ended
 
-    def steps(self, tasks: Sequence[Task]) -> Iterator[list[Conversation]]:
+    def steps(self, tasks: Sequence[Task]) -> Generator[list[Conversation], None, None]:
         """Have the conversations; what has ended since the last time, again and again, often nothing.
 
         Raises:
             ValueError: a prompt does not fit, or a row names an environment that does not exist.
-            RuntimeError: an environment's `reset` failed or hung, twice.
+            EnvironmentFailure: an environment cannot be made, or its `reset` failed or hung, twice.
         """
         started, self.statistics = time.monotonic(), AgentStatistics()
         try:
@@ -113,12 +113,12 @@ class Agent:
                 ended, self._ended = self._ended, []
                 left -= len(ended)
                 yield ended
-        except Exception:
+        except BaseException:  # an interrupt, or nobody iterates any more, too
             self._give_up()
             raise
 
     def _give_up(self) -> None:
-        """Let the engine end what it has: with unfinished requests it can neither sleep nor be given an adapter.
+        """Drop what the engine has: with unfinished requests it can neither sleep nor be given an adapter.
 
         Calls that still run are for conversations that nobody waits for any more.
         """
@@ -128,8 +128,7 @@ class Agent:
         self._back.clear()
         self._speaking.clear()
         self._ended.clear()
-        while self.engine.unfinished:
-            self.engine.step()
+        self.engine.abort()
 
     def release(self) -> None:
         """Make the environments of the conversations that have ended free for others."""
@@ -294,9 +293,11 @@ class Agent:
             self._open(live, call.result)
             return
         if live.attempts >= RESET_ATTEMPTS:
-            raise RuntimeError(
+            raised = "" if call.error is None else f"it raised {type(call.error).__name__}: "
+            raise EnvironmentFailure(
                 f"{live.task.where}: {type(live.box.environment).__name__}.reset failed {RESET_ATTEMPTS} times, each "
-                f"in a new instance: {_reason(call)}"
+                f"in a new instance: {raised}{_reason(call)}\n  row: {dict(live.task.row)!r:.300}\n  Remedy: Let the "
+                "method handle this row, or remove it from the dataset, then go on from the last checkpoint."
             ) from call.error
         live.box, live.hung = self.toolkit.take(live.task.row, live.task.where, new=True), False
         self._reset(live)

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import supports_tool_calling
 
 from .call_syntax import CallSyntax, known_syntaxes, prompted_syntax, tool_instructions, tool_output
+from .message_parts import MessageParts
 
 Message = dict[str, Any]
 Schema = dict[str, Any]
@@ -106,6 +106,7 @@ class ChatFormat:
         if not tokenizer.chat_template:
             raise ValueError("tools need a chat template, and the tokenizer has none; set tokenizer.chat_template")
         self._tokenizer, self._kwargs = tokenizer, dict(template_kwargs or {})
+        self._parts = MessageParts(tokenizer, self._kwargs)
         self._ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in stop_token_ids]
         self.native = supports_tool_calling(tokenizer) or self._renders_tools()
         question = [{"role": "user", "content": "?"}]
@@ -121,8 +122,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[Message], schemas: Sequence[Schema]) -> list[int]:
         """The tokens up to where the model's first turn starts, with the tools described."""
-        if any(isinstance(message.get("content"), list) for message in messages) and not self._writes_parts:
-            raise ValueError("a message's content is a list of parts, which this chat template does not write")
+        self._parts.check(messages)
         if schemas and not self.native:
             first = messages[0]
             told = tool_instructions(schemas, self.syntax) + "\n\n"
@@ -189,10 +189,6 @@ class ChatFormat:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @cached_property
-    def _writes_parts(self) -> bool:
-        return writes_parts(self._tokenizer, self._kwargs)
-
     def _renders_tools(self) -> bool:
         """Whether calls and results appear where calls have an id, without which some templates refuse them."""
         try:
@@ -245,16 +241,6 @@ class ChatFormat:
         )
         message["content"] = message.get("content") or ""
         return message
-
-
-def writes_parts(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> bool:
-    """Whether the chat template writes a content that is a list of text parts: many write nothing, or Python's repr."""
-    probe: list[Message] = [{"role": "user", "content": [{"type": "text", "text": SENTINEL}]}]
-    try:
-        text = str(tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True, **template_kwargs))
-    except (ValueError, TypeError, KeyError, TemplateError):
-        return False
-    return SENTINEL in text and "'text'" not in text and '"text"' not in text
 
 
 def _probe_call(name: str) -> list[Message]:

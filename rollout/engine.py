@@ -61,6 +61,10 @@ class RolloutEngine(Protocol):
         """Requests submitted and not yet returned."""
         ...
 
+    def abort(self) -> None:
+        """Drop every unfinished request. Whatever has raised in the middle of a step, the engine is idle afterwards."""
+        ...
+
     def adapter_changed(self) -> None:
         """The slots were written: forget what was computed with the old ones. Refused while requests are unfinished."""
         ...

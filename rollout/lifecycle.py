@@ -23,5 +23,5 @@ class Lifecycle:
             raise RuntimeError(f"{action}: the engine is closed; make a new one")
         if self.unfinished:
             raise RuntimeError(
-                f"{action}: {self.unfinished} requests are unfinished; call step() until `unfinished` is 0"
+                f"{action}: {self.unfinished} requests are unfinished; call step() until `unfinished` is 0, or abort()"
             )

@@ -13,8 +13,13 @@ from typing import Any
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
 
 Tool = Callable[..., Any]
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 EnvironmentFactory = Callable[[], Any]
 RESET, REWARD, ENVIRONMENT = "reset", "get_reward", "environment"
+
+
+class EnvironmentFailure(RuntimeError):
+    """An environment could not be made or reset. `__cause__` is what it raised, None where it hung."""
 
 
 @dataclass(eq=False)
@@ -55,7 +60,9 @@ class Toolkit:
         reward_types: the environments' classes that have `get_reward`, each once.
 
     Raises:
-        ValueError: a tool without types or documentation, two tools of one name, an environment without `reset`.
+        ValueError: a tool without types or documentation, or with arguments that have no name; two tools of one name;
+            an environment without `reset`.
+        EnvironmentFailure: no environment can be made.
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class Toolkit:
         for name, factory in self._factories.items():
             if not callable(factory):
                 raise ValueError(f"environment_factory: {factory!r} cannot be called; give the class, not an instance")
-            instance = factory()
+            instance = self._make(name, "the first environment")
             self._free[name].append(instance)
             own = [_schema(method, method_name) for method_name, method in self._methods(instance).items()]
             self._schemas[name] = schemas + own
@@ -112,13 +119,24 @@ class Toolkit:
 
         Raises:
             ValueError: the row names an environment that does not exist.
+            EnvironmentFailure: none can be made.
         """
         if not self._factories:
             return Toolbox(self._schemas[None], self._functions)
         name = row.get(ENVIRONMENT) if self.named else None
         self.check(name, where)
-        instance = self._factories[name]() if new or not self._free[name] else self._free[name].pop()
+        instance = self._make(name, where) if new or not self._free[name] else self._free[name].pop()
         return Toolbox(self._schemas[name], self._functions, self._methods(instance), instance, name)
+
+    def _make(self, name: Any, where: str) -> Any:
+        try:
+            return self._factories[name]()
+        except Exception as error:
+            called = "environment_factory" if name is None else f"environment_factory[{name!r}]"
+            raise EnvironmentFailure(
+                f"{where}: {called} made no environment, it raised {type(error).__name__}: {error}. Mend it, or what "
+                "it needs"
+            ) from error
 
     def give_back(self, box: Toolbox) -> None:
         """Let another conversation have the environment, which is reset then."""
@@ -158,6 +176,12 @@ def _by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 
 
 def _schema(tool: Tool, name: str) -> dict[str, Any]:
+    for parameter in inspect.signature(tool).parameters.values():
+        if parameter.kind not in BY_NAME:
+            raise ValueError(
+                f"tool {name!r} takes `{parameter}`, which a JSON schema cannot describe: the model gives each "
+                "argument by its name. Name them one by one, or take a list"
+            )
     try:
         return get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException, NameError) as error:

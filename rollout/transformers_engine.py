@@ -210,6 +210,12 @@ class TransformersEngine(Lifecycle):
         """Requests submitted and not yet returned."""
         return len(self._in_flight)
 
+    def abort(self) -> None:
+        """Drop every unfinished request and its caches."""
+        self._waiting.clear()
+        self._waves.clear()
+        self._in_flight.clear()
+
     def adapter_changed(self) -> None:
         """The slots were written, or another adapter was bound. Nothing computed with the old ones is kept.
 
@@ -235,6 +241,4 @@ class TransformersEngine(Lifecycle):
     def close(self) -> None:
         """Drop every request and cache; the shared weights live on."""
         self._state = "closed"
-        self._waiting.clear()
-        self._waves.clear()
-        self._in_flight.clear()
+        self.abort()

@@ -17,14 +17,22 @@ from ..weightshare.base_format import BaseFormat, base_format
 from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import SLOT_A, SLOT_B, check_storage
 from ..weightshare.loading import checkpoint_directory, read_config, tensor_names
-from ..weightshare.memory import KVLayout, check_kv_cache_bytes, free_bytes, kv_cache_bytes, nf4_saves, reserve_bytes
+from ..weightshare.memory import (
+    ADAM_STATE_BYTES,
+    KVLayout,
+    check_kv_cache_bytes,
+    free_bytes,
+    kv_cache_bytes,
+    nf4_saves,
+    reserve_bytes,
+)
 from ..weightshare.vllm_names import check_installed, check_names, vllm_version
 from .admission import check_requests
 from .engine import RolloutRequest
 from .lifecycle import Lifecycle
 from .trajectory import Segment, Trajectory
 from .vllm_options import TEMPERATURES, check_engine_kwargs
-from .vllm_process import collector_frozen, vllm_starting
+from .vllm_process import collector_frozen, interrupts_held, vllm_starting
 
 # vLLM itself is imported where it is started: importing it changes the process, which `vllm_starting` undoes.
 if TYPE_CHECKING:
@@ -59,6 +67,7 @@ class VLLMEngine(Lifecycle):
         kv_cache_bytes: size of the KV cache; by default from what is free and what `max_sequences` need.
         fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
         base: `nf4`, `fp4`: the projections are quantised to it while they load; `auto`: as the checkpoint has them.
+        state_bytes: what the optimizer will keep of each of the adapter's parameters, and the KV cache leaves free.
         engine_kwargs: any other of `vllm.EngineArgs`' options that does not conflict with sharing.
 
     Attributes:
@@ -88,10 +97,11 @@ class VLLMEngine(Lifecycle):
         kv_cache_bytes: int | None = None,
         fp32_head: bool = True,
         base: str = "auto",
+        state_bytes: int = ADAM_STATE_BYTES,
         engine_kwargs: Mapping[str, Any] | None = None,
     ):
         self._requests: dict[str, RolloutRequest] = {}
-        self.max_context, self._device = max_context, torch.device(device)
+        self.max_context, self._device, self._state_bytes = max_context, torch.device(device), state_bytes
         directory = checkpoint_directory(model)
         read_config(directory)  # refuses formats that cannot be read
         stored = nf4_projections(tensor_names(directory))
@@ -179,7 +189,8 @@ class VLLMEngine(Lifecycle):
                 check_kv_cache_bytes(layout, self.kv_cache_bytes, self.max_context, prefill)
             return
         masters = sum(parameter.numel() for parameter in session.adapter.parameters()) if session.adapter else 0
-        reserve = reserve_bytes(self.config, dtype, prefill, sequences, masters) if self._device.type == "cuda" else 0
+        later = (self.config, dtype, prefill, sequences, masters, self._state_bytes)
+        reserve = reserve_bytes(*later) if self._device.type == "cuda" else 0
         self.kv_cache_bytes = kv_cache_bytes(
             layout,
             free=free_bytes(self._device),
@@ -206,19 +217,29 @@ class VLLMEngine(Lifecycle):
         self._require_awake("submit")
         check_requests(requests, self._requests.keys(), self.max_context, self.config.vocab_size)
         prepared = [(request, *_vllm_request(request)) for request in requests]
-        for request, prompt, params in prepared:
-            self._engine.add_request(request.request_id, prompt, params)
-            self._requests[request.request_id] = request
+        with interrupts_held():
+            for request, prompt, params in prepared:
+                self._engine.add_request(request.request_id, prompt, params)
+                self._requests[request.request_id] = request
 
     def step(self) -> list[Trajectory]:
         """Advance every running sequence and return what has finished.
 
+        An interrupt (Ctrl-C) is raised when vLLM has made the step.
+
         Raises:
-            FloatingPointError: log-probs that are not finite; the engine cannot go on.
+            FloatingPointError: log-probs that are not finite.
             RuntimeError: asleep or closed.
+            Exception: whatever vLLM raises; the engine is closed then.
         """
         self._require_awake("step")
-        return [self._trajectory(output) for output in self._engine.step() if output.finished]
+        with interrupts_held():
+            try:
+                outputs = self._engine.step()
+            except Exception:
+                self.close()  # nobody knows what of the step it has done
+                raise
+        return [self._trajectory(output) for output in outputs if output.finished]
 
     def _trajectory(self, output: "RequestOutput") -> Trajectory:
         request, completion = self._requests.pop(output.request_id), output.outputs[0]
@@ -248,6 +269,14 @@ class VLLMEngine(Lifecycle):
     def unfinished(self) -> int:
         """Requests submitted and not yet returned."""
         return len(self._requests)
+
+    def abort(self) -> None:
+        """Drop every unfinished request."""
+        if self._state != "closed" and self._requests:
+            self._engine.abort_request(list(self._requests))
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # a step may be under way still, in memory that sleep takes away
+        self._requests.clear()
 
     def adapter_changed(self) -> None:
         """The slots were written: forget the keys and values that were computed with the old ones. Also while asleep.

@@ -7,8 +7,11 @@ processes inherit, and turns PyTorch's switches. All of that is put back once it
 import gc
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import numpy as np
 import torch
@@ -70,3 +73,25 @@ def collector_frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C within it is heard at its end: vLLM cannot go on from where it was interrupted. A second one at once."""
+    usual, held = signal.getsignal(signal.SIGINT), list[int]()
+    if usual is None or threading.current_thread() is not threading.main_thread():
+        yield  # not Python's to handle, or heard in another thread
+        return
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held and callable(usual):
+            usual(number, frame)
+        held.append(number)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if held:
+            signal.raise_signal(signal.SIGINT)

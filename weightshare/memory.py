@@ -17,7 +17,8 @@ from .base_format import DENSE, NF4, BaseFormat
 from .weights import ModelLayout
 
 GIB = 2**30
-MASTER_STATE_BYTES = 12  # an fp32 gradient and Adam's two moments, allocated at the first optimizer step
+GRADIENT_BYTES = 4  # fp32, of a master
+ADAM_STATE_BYTES = 8  # two fp32 moments of a master
 LOGIT_COPIES = 4  # fp32 (sequences, vocabulary) alive while sampling: logits, log-softmax, probabilities, noise
 GRAPH_BYTES = GIB  # captured graphs, cuBLAS and attention workspaces
 CPU_LIMIT = 4 * GIB
@@ -87,6 +88,7 @@ def reserve_bytes(
     prefill_tokens: int,
     max_sequences: int,
     adapter_numel: int,
+    state_bytes: int = ADAM_STATE_BYTES,
 ) -> int:
     """Bytes that are allocated after the weights: activations of a prefill, logits, graphs, the optimizer's state.
 
@@ -94,11 +96,12 @@ def reserve_bytes(
         prefill_tokens: tokens of the largest forward.
         max_sequences: rows of the largest batch of logits.
         adapter_numel: elements of the adapter's masters, which are there already.
+        state_bytes: what the optimizer keeps of each, from its first step on.
     """
     widest = 4 * config.hidden_size + 3 * config.intermediate_size  # residual, norm, qkv; gate, up and their product
     activations = prefill_tokens * widest * dtype.itemsize
     logits = max_sequences * config.vocab_size * 4 * LOGIT_COPIES
-    return activations + logits + GRAPH_BYTES + adapter_numel * MASTER_STATE_BYTES
+    return activations + logits + GRAPH_BYTES + adapter_numel * (GRADIENT_BYTES + state_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -69,7 +69,7 @@ NAMES = (
     VLLMName(
         "vllm.v1.engine.llm_engine",
         "LLMEngine",
-        ("from_engine_args", "add_request", "step", "reset_prefix_cache", "sleep", "wake_up"),
+        ("from_engine_args", "add_request", "abort_request", "step", "reset_prefix_cache", "sleep", "wake_up"),
         "requests are added and stepped one by one",
     ),
     VLLMName("vllm.v1.engine.core_client", "InprocClient", ("shutdown",), "closing; the engine runs in this process"),

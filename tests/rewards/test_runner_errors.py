@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -293,3 +295,16 @@ def test_a_time_out_of_the_functions_own_is_an_error():
 
     with pytest.raises(RewardError, match="raised TimeoutError: the service took too long"):
         run(reward)
+
+
+def test_too_many_open_files_are_told_to_whoever_needs_a_loop():
+    program = (
+        "import os, resource\n"
+        "from colora.rewards.event_loop import EventLoopThread\n"
+        "next_file = os.dup(0)\n"
+        "os.close(next_file)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, next_file))\n"
+        "try:\n    EventLoopThread('rewards')\nexcept OSError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[Errno 24] Too many open files\n"

@@ -226,6 +226,18 @@ def test_an_environments_reward_that_raises_stops_the_run_with_its_name(model: s
         make(model, tmp_path, None, environment_factory=Broken).train()
 
 
+def test_a_rollout_func_that_fails_leaves_the_engine_idle(model: str, tmp_path: Path) -> None:
+    def fails(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        trainer.engine.submit([RolloutRequest("one", (1, 2), 0, SamplingParams(9))])
+        raise ZeroDivisionError
+
+    trainer = make(model, tmp_path, lucky, rollout_func=fails)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert trainer.engine.unfinished == 0
+    trainer.engine.sleep()
+
+
 def adapter_bytes(directory: Path) -> bytes:
     return (directory / ADAPTER_FILE).read_bytes()
 
@@ -385,6 +397,9 @@ def test_refusals(model: str, tmp_path: Path, counter: type[Counter]) -> None:
     refused("train_dataset: there is no environment None in .*the column `environment` chooses", None, rows(), **named)
     wrong = rows(environment=["count"] * 5 + ["chess"])
     refused(r"train_dataset\[5\]: there is no environment 'chess' in .*, only count", None, wrong, **named)
+    trainer = make(model, tmp_path, None, rows(environment=["count"] * 6), **named)
+    with pytest.raises(ValueError, match=r"eval_dataset\[5\]: there is no environment 'chess' in .*, only count"):
+        trainer.evaluate(wrong)
 
 
 AGENT_FILE = '''
@@ -435,3 +450,34 @@ def test_the_command_line(model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     options += ["--tools=plain.py:tool", "--output_dir=other", "--dry-run"]
     assert colora(["train", f"--model={model}", *options]) == 2
     assert "tool 'tool': Cannot generate JSON schema for tool because it has no docstring" in capsys.readouterr().err
+
+
+FRAGILE = """
+class Fragile:
+    def reset(self, number, **row):
+        if number == {bad}:
+            raise OSError("no sandbox")
+
+    def get_reward(self):
+        return 1.0
+"""
+
+
+def test_a_reset_that_fails_ends_the_command_with_an_error_and_keeps_what_was_done(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fragile.py").write_text(FRAGILE.format(bad=2))
+    rows(3).to_json("rows.jsonl")
+    options = ["--dataset=rows.jsonl", "--output_dir=run", "--max_steps=3", "--max_completion_length=9"]
+    options += ["--num_generations=2", "--per_device_train_batch_size=2", "--report_to=none", "--disable_tqdm"]
+    options += ["--shuffle_dataset=false", "--save_steps=1", "--environment_factory=fragile.py:Fragile"]
+    assert colora(["train", f"--model={model}", *options]) == 2
+    shown, _, message = capsys.readouterr().err.rpartition("error: ")
+    assert 'fragile.py", line 5, in reset' in shown and "OSError: no sandbox" in shown
+    assert message.startswith("dataset row 2: Fragile.reset failed 2 times, each in a new instance: it raised OSError")
+    assert "'number': 2" in message and "Remedy: Let the method handle this row" in message
+    assert {record.step for record in read_records("run/rollouts")} == {1, 2}
+    (tmp_path / "fragile.py").write_text(FRAGILE.format(bad=-1))
+    assert colora(["train", f"--model={model}", *options, "--resume"]) == 0
+    assert {record.step for record in read_records("run/rollouts")} == {1, 2, 3}

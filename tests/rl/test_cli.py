@@ -398,3 +398,14 @@ def test_a_reward_function_that_raises_is_shown_with_its_line(run, tmp_path, cap
     shown, _, message = capsys.readouterr().err.rpartition("error: ")
     assert 'reward.py", line 2, in length' in shown
     assert message.startswith("Reward function 'length' failed at step 1, sample 0: it raised ZeroDivisionError")
+
+
+def test_a_resume_that_is_refused_leaves_the_runs_configuration_as_it_was(run, tmp_path, capsys):
+    assert main(["train", str(run(max_steps=2, save_steps=1, report_to="none"))]) == 0
+    written = (tmp_path / "out" / "run.yaml").read_text()
+    other = run(max_steps=3, save_steps=1, report_to="none", optim="sgd", resume="out/checkpoint-1")
+    assert main(["train", str(other)]) == 2
+    assert "cannot resume from out/checkpoint-1: it has the optimizer state of adamw" in capsys.readouterr().err
+    assert (tmp_path / "out" / "run.yaml").read_text() == written
+    assert main(["train", str(run(max_steps=3, save_steps=1, report_to="none", resume="out/checkpoint-1"))]) == 0
+    assert "max_steps: 3" in (tmp_path / "out" / "run.yaml").read_text()

@@ -1,6 +1,8 @@
 """The order of prompts, their tokens, and the errors of datasets that cannot be trained on."""
 
+from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ from colora.rl.data import PromptTokenizer, SparePrompts, check_dataset, prompt_
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+from trl import chat_template_utils as trl_templates
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +174,27 @@ def test_parts_that_the_template_writes_are_the_text(tokenizer: PreTrainedTokeni
     tokenizer.chat_template = TEMPLATES["writes_parts"]
     tokenize = PromptTokenizer(tokenizer, 9)
     assert tokenize(prompt_of([{"type": "text", "text": "ab"}]), "row") == tokenize(prompt_of("ab"), "row")
+
+
+def test_a_date_that_the_template_writes_can_be_fixed(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Today(datetime):
+        day_of_month = 1
+
+        @classmethod
+        def now(cls, tz: Any = None) -> "Today":
+            return cls(2026, 5, cls.day_of_month)
+
+    templates = Path(trl_templates.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "llama3_2.jinja").read_text()
+    monkeypatch.setattr(chat_template_utils, "datetime", Today)
+    written: dict[bool, set[str]] = {True: set(), False: set()}
+    for Today.day_of_month in (1, 2):
+        for fixed in written:
+            kwargs = {"date_string": "26 Jul 2024"} if fixed else {}
+            tokenize = PromptTokenizer(tokenizer, 999, kwargs)
+            assert tokenize(prompt_of("ab"), "row")
+            text = tokenizer.apply_chat_template(prompt_of("ab"), tokenize=False, **tokenize.chat_template_kwargs)
+            written[fixed].add(text.partition("Today Date: ")[2][:11])
+    assert written == {False: {"01 May 2026", "02 May 2026"}, True: {"26 Jul 2024"}}

@@ -8,11 +8,13 @@ import pytest
 import torch
 from colora import GRPOConfig, load
 from colora.rl import setup
+from colora.rl.option_values import OF_BITSANDBYTES, optimizer_state_bytes
 from colora.rl.policy import Policy
+from colora.rollout import vllm_engine
 from colora.weightshare.guard import ParityError
 from colora.weightshare.linear import LoraSlot
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Trainer
 
 from ..tiny_runs import CHARACTERS, EOS, PAD, tiny_checkpoint, tiny_config, tiny_tokenizer
 from ..vllm_engines import VLLM_MARKS
@@ -161,3 +163,36 @@ def test_options_that_a_policy_in_memory_settled_already_are_refused(saved: Path
     args = GRPOConfig(str(tmp_path), device="cpu", engine="transformers", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"dtype='bfloat16', but the Policy is in torch.float32: load it with"):
         setup.build(policy, args, None, 32)
+
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", *OF_BITSANDBYTES)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_state_of_an_optimizer_is_counted_as_what_it_is_or_a_little_more(tmp_path: Path, optim: str) -> None:
+    if optim in OF_BITSANDBYTES:
+        pytest.importorskip("bitsandbytes")
+    module = torch.nn.Linear(2048, 16, bias=False)  # smaller than what bitsandbytes pages, which takes a GPU
+    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(GRPOConfig(str(tmp_path), device="cpu", optim=optim), module)
+    optimizer = kind(module.parameters(), **kwargs)
+    module.weight.grad = torch.ones_like(module.weight)
+    optimizer.step()
+    values = [value for value in optimizer.state[module.weight].values() if isinstance(value, torch.Tensor)]
+    kept = sum(value.nbytes for value in values if value.numel() not in (1, 256))  # steps, and a table of codes for all
+    counted, spare = optimizer_state_bytes(optim) * module.weight.numel(), module.weight.numel()
+    assert kept <= counted < kept + spare + 1 or optim in ("adafactor", "sgd")
+
+
+def test_the_kv_cache_leaves_room_for_the_optimizer_of_the_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def engine(*_: object, state_bytes: int, **options: object) -> None:
+        raise Asked(state_bytes)
+
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", engine)
+    for optim, bytes_ in (("adamw_torch", "8"), ("paged_adamw_8bit", "3"), ("ademamix", "12")):
+        with pytest.raises(Asked, match=bytes_):
+            setup.build(saved, GRPOConfig(str(tmp_path), device="cpu", engine="vllm", optim=optim), None, 64)

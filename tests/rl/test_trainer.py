@@ -3,7 +3,9 @@
 import asyncio
 import json
 import math
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from colora.rewards.runner import RewardError
 from colora.rollout.engine import sample_seed
 from colora.rollout.records import read_records
 from colora.weightshare.guard import ParityError
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -217,10 +219,57 @@ def test_conversations_and_evaluation(model: str, tmp_path: Path) -> None:
     assert all(isinstance(c, list) and c[0]["role"] == "assistant" for c in seen)
     assert len(logged(trainer, "eval_first_reward")) == 2 and len(logged(trainer, "eval_second_reward")) == 2
     assert trainer.evaluate(rows.select([0]))["eval_reward"] == trainer.evaluate(rows.select([0]))["eval_reward"]
-    with pytest.raises(ValueError, match="eval_dataset has no rows to evaluate on"):
-        trainer.evaluate(rows.select([]))
-    with pytest.raises(ValueError, match="eval_dataset has no `prompt` column, only question"):
-        trainer.evaluate(Dataset.from_dict({"question": ["1+1"]}))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset.from_dict({"prompt": []}), "eval_dataset is empty"),
+        (Dataset.from_dict({"question": ["1+1"]}), "eval_dataset has no `prompt` column; its columns are: question"),
+        (
+            Dataset.from_dict({"prompt": ["1", "2" * 99]}),
+            r"eval_dataset\[1\]: the prompt has 99 tokens, at most 54 fit",
+        ),
+        ([{"prompt": "1"}], "eval_dataset is a list: pass a datasets.Dataset"),
+        (
+            {"good": Dataset.from_dict({"prompt": ["1"]}), "bad": Dataset.from_dict({"prompt": ["1", ""]})},
+            r"eval_dataset\['bad'\]\[1\]: the prompt has no tokens",
+        ),
+        (
+            IterableDataset.from_generator(lambda: iter([{"question": "1"}])),
+            "the stream has no rows, or no `prompt` in",
+        ),
+    ],
+)
+def test_evaluate_refuses_what_training_would_before_anything_is_sampled(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, message: str
+) -> None:
+    trainer = make(model, tmp_path / "run")
+    monkeypatch.setattr(trainer.engine, "submit", lambda requests: pytest.fail("something was sampled"))
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(dataset)
+
+
+def test_after_an_interrupt_in_the_middle_of_a_step_the_engine_can_be_used(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(model, tmp_path / "run")
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    expected = trainer.evaluate(rows)["eval_reward"]
+    step, steps = trainer.engine.step, count()
+
+    def interrupted() -> list:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(trainer.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.engine.unfinished == 0
+    assert trainer.evaluate(rows)["eval_reward"] == expected
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_tensorboard_gets_the_metrics(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,9 @@ class ScriptedEngine:
     def unfinished(self) -> int:
         return len(self._waiting)
 
+    def abort(self) -> None:
+        self._waiting.clear()
+
     def adapter_changed(self) -> None: ...
 
     def sleep(self) -> None: ...

@@ -11,7 +11,7 @@ from colora.rollout.agent import Agent
 from colora.rollout.chat_format import ChatFormat
 from colora.rollout.conversation import AgentLimits, Conversation, Task
 from colora.rollout.engine import SamplingParams, sample_seed
-from colora.rollout.toolkit import Toolkit
+from colora.rollout.toolkit import EnvironmentFailure, Toolkit
 
 from ..chat_models import family_tokenizer
 from .scripted import ScriptedEngine
@@ -467,8 +467,12 @@ def test_a_reset_that_fails_is_tried_once_more_in_a_new_instance() -> None:
     agent = make_agent(lambda name, turn: "End.", environments=Shaky)
     (conversation,) = have(agent, tasks(1, works=2)).values()
     assert conversation.environment.number == 2
-    with pytest.raises(RuntimeError, match=r"a prompt: Shaky\.reset failed 2 times.*no sandbox to be had"):
+    message = (
+        r"a prompt: Shaky\.reset failed 2 times.*raised OSError: no sandbox to be had\n  row: \{'works': 9\}\n  Remedy"
+    )
+    with pytest.raises(EnvironmentFailure, match=message) as failed:
         have(make_agent(lambda name, turn: "End.", environments=Shaky), tasks(1, works=9))
+    assert isinstance(failed.value.__cause__, OSError)
 
 
 def test_a_prompt_that_does_not_fit_is_named() -> None:

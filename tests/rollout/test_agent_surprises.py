@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from colora.rollout.toolkit import Toolkit
+from colora.rollout.toolkit import EnvironmentFailure, Toolkit
 
 from .test_agent import HANGS, call, contents, have, make_agent, tasks
 from .test_chat_format import CALLS, converse, ended
@@ -139,6 +139,43 @@ def test_calls_of_a_run_that_failed_do_not_come_back_in_the_next() -> None:
     assert all(conversation.environment.seconds == 0.2 for conversation in found)
 
 
+def test_an_environment_that_cannot_be_made_is_named() -> None:
+    class Scarce:
+        left = 2
+
+        def __init__(self) -> None:
+            type(self).left -= 1
+            if self.left < 0:
+                raise OSError("no sandbox")
+
+        def reset(self, **row: Any) -> None: ...
+
+    with pytest.raises(EnvironmentFailure, match="a prompt: environment_factory made no .* OSError: no sandbox. Mend"):
+        have(make_agent(lambda name, turn: "End.", environments=Scarce), tasks(3))
+
+
+@pytest.mark.parametrize("leave", ["interrupt", "stop"])
+def test_whoever_leaves_in_the_middle_leaves_an_idle_engine(leave: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = make_agent(lambda name, turn: "End.")
+    step, steps = agent.engine.step, iter([None, KeyboardInterrupt])
+
+    def interrupted() -> Any:
+        problem = next(steps, None)
+        if problem is not None and leave == "interrupt":
+            raise problem
+        return step()
+
+    monkeypatch.setattr(agent.engine, "step", interrupted)
+    running = agent.run(tasks(3))
+    assert next(running).ended == "answer"
+    if leave == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            next(running)
+    running.close()
+    assert agent.engine.unfinished == 0
+    assert sorted(have(agent, tasks(3))) == ["c0", "c1", "c2"]
+
+
 def test_threads_of_coroutines_do_not_wait_for_each_other_and_not_at_the_end() -> None:
     release = threading.Event()
 
@@ -194,7 +231,38 @@ def test_tools_that_cannot_be_described_are_refused() -> None:
             """Look."""
             return ""
 
-    for tool, message in ((untyped, "tool 'untyped'.*type hint"), (undocumented, "tool 'undocumented'.*docstring")):
+    def several(*numbers: int) -> int:
+        """Add.
+
+        Args:
+            numbers: What to add.
+        """
+        return sum(numbers)
+
+    def anything(a: int, **others: str) -> int:
+        """Do.
+
+        Args:
+            a: Something.
+            others: More.
+        """
+        return a
+
+    def unnamed(a: int, /) -> int:
+        """Do.
+
+        Args:
+            a: Something.
+        """
+        return a
+
+    for tool, message in (
+        (untyped, "tool 'untyped'.*type hint"),
+        (undocumented, "tool 'undocumented'.*docstring"),
+        (several, r"tool 'several' takes `\*numbers: int`, which a JSON schema cannot describe.*or take a list"),
+        (anything, r"tool 'anything' takes `\*\*others: str`"),
+        (unnamed, "tool 'unnamed' takes `a: int`.* by its name"),
+    ):
         with pytest.raises(ValueError, match=message):
             Toolkit([tool])
     with pytest.raises(ValueError, match="there are two of the name 'echo'"):

@@ -256,3 +256,5 @@ def test_parts_are_refused_where_the_template_leaves_them_out() -> None:
         qwen.prompt_ids(parts, [])
     tokenizer, gemma = chat_of("gemma3")
     assert "What is 1 + 2?" in tokenizer.decode(gemma.prompt_ids(parts, []))
+    with pytest.raises(ValueError, match=r"a message has the part \{'type': 'image'\}: prompts are text only"):
+        gemma.prompt_ids([{"role": "user", "content": [{"type": "image"}]}], [])

@@ -385,3 +385,25 @@ def test_max_context_is_the_models_where_not_given(make_policy):
     config_before = policy.config.to_dict()
     assert engine_of(policy).max_context == 512
     assert policy.config.to_dict() == config_before
+
+
+def test_after_an_interrupt_in_a_forward_requests_can_be_dropped(make_policy, make_requests):
+    policy = make_policy("llama")
+    engine, requests = engine_of(policy, max_sequences=3), make_requests(UNEVEN)
+    expected = tokens_of(engine, requests)
+    engine.submit(requests)
+    engine.step()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = engine.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    handle.remove()
+    engine.abort()
+    assert engine.unfinished == 0
+    engine.adapter_changed()
+    engine.sleep()
+    engine.wake()
+    assert tokens_of(engine, requests) == expected

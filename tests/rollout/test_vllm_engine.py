@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,6 +222,51 @@ def test_sleeping(engine: VLLMEngine, policy: Policy) -> None:
     engine.wake()
     engine.wake()
     assert by_id(list(generate(engine, requests))) == before
+
+
+def test_an_interrupt_is_heard_after_the_step_and_requests_can_be_dropped(engine: VLLMEngine) -> None:
+    requests = requests_of([9, 30, 4], VOCAB, [12, 2, 12])  # one ends in the step that is interrupted
+    before = by_id(list(generate(engine, requests)))
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    module = engine._model.model.layers[0]
+    forwards: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        forwards.append(sum(range(1000)))  # Python hears of it before this
+
+    engine.submit(requests)
+    engine.step()
+    handle = module.register_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        with pytest.raises(KeyboardInterrupt):  # nor was the engine left where it cannot go on from
+            engine.step()
+    finally:
+        handle.remove()
+        assert signal.signal(signal.SIGINT, usual) is signal.default_int_handler
+    assert len(forwards) == 2
+    assert engine.unfinished == 3
+    engine.abort()
+    assert engine.unfinished == 0
+    engine.adapter_changed()
+    engine.sleep()
+    engine.wake()
+    assert by_id(list(generate(engine, requests))) == before
+
+
+def test_a_step_that_fails_closes_the_engine(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine._engine, "step", fails)
+    monkeypatch.setattr(engine, "close", lambda: closed.append(True))  # the other tests go on with it
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    assert closed == [True]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_reserve_grows_with_what_is_allocated_later() -> None:
     base = reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 256, 0)
     assert GIB < base < 4 * GIB
     assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 256, 10**6) == base + 12 * 10**6
+    assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 256, 10**6, 3) == base + 7 * 10**6
     assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 512, 0) - base == 256 * 151936 * 16
     assert reserve_bytes(QWEN3_4B, torch.float32, 16384, 256, 0) > base
 
