@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
+from colora.kernels.offload import WORKING_BYTES, WORKING_INPUTS
 from colora.rewards.loading import load_reward
 from colora.rl.families import block_spec, model_layout
 from colora.rollout.records import read_records
@@ -189,8 +191,11 @@ def test_the_memory_in_the_readme_is_what_the_package_computes(root: Path) -> No
         "gradients": 12 * adapter,
         "set aside": reserve_bytes(model, torch.bfloat16, 2048, 16, 0),
         "KV cache": answers * kv.layer_slots * kv.token_bytes,
+        "one block": WORKING_INPUTS * answers * model.hidden_size * 2 + WORKING_BYTES,
     }
-    said = dict(re.findall(r"^\| (base|adapter|gradients|set aside|KV cache)[^|]*\| ([\d.]+) \|", text, re.MULTILINE))
+    config = yaml.safe_load((root / "examples" / "long_context" / "config.yaml").read_text())
+    assert config["tokens_per_microbatch"] == answers
+    said = dict(re.findall(rf"^\| ({'|'.join(sizes)})[^|]*\| ([\d.]+) \|", text, re.MULTILINE))
     assert said == {name: f"{size / GIB:.1f}" for name, size in sizes.items()}
     assert f"{layout.nbytes(torch.bfloat16, DENSE) / GIB:.1f} GiB in bfloat16" in text
     assert f"{kv.bytes_for(1, 32768) / GIB:.1f} GiB for 32K tokens" in text
