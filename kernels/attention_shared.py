@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_varlen import sequence_starts, varlen_attention
+from .attention_varlen import flash, flash_backward, sequence_reference, varlen_attention
 
 
 def continued_attention(
@@ -64,20 +63,9 @@ def continued_attention_reference(
     window: int | None = None,
 ) -> Tensor:
     """`continued_attention` in plain torch, each continuation behind a prompt of its own."""
-    (k, v), first, pieces = prompt, prompt[0].shape[0], []
+    (k, v), pieces = prompt, []
     for q_c, k_c, v_c in zip(*(x.split(list(lengths)) for x in (q, *own)), strict=True):
-        end = first + q_c.shape[0]
-        distance = torch.arange(first, end, device=q.device)[:, None] - torch.arange(end, device=q.device)[None, :]
-        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        out = F.scaled_dot_product_attention(
-            q_c.transpose(0, 1)[None],
-            torch.cat((k, k_c)).transpose(0, 1)[None],
-            torch.cat((v, v_c)).transpose(0, 1)[None],
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        pieces.append(out[0].transpose(0, 1))
+        pieces.append(sequence_reference(q_c, torch.cat((k, k_c)), torch.cat((v, v_c)), scale, window))
     return torch.cat(pieces)
 
 
@@ -106,29 +94,3 @@ class _Continued(torch.autograd.Function):
         grad_q_p, grad_k_p, grad_v_p = flash_backward(q, k_p, v_p, *same, ctx.all, ctx.prompt, False, ctx.scale)
         grad_q, grad_k, grad_v = flash_backward(q, k_c, v_c, *same, ctx.lengths, ctx.lengths, True, ctx.scale)
         return grad_q.add_(grad_q_p), grad_k_p, grad_v_p, grad_k, grad_v, None, None
-
-
-def flash(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of each sequence to its keys, (tokens, heads, head_dim), and (heads, tokens) fp32 log-sum-exp."""
-    starts, key_starts = sequence_starts(lengths, q.device), sequence_starts(keys, q.device)
-    sizes = (max(lengths), max(keys))
-    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, starts, key_starts, *sizes, 0.0, causal, False, scale=scale
-    )
-    return out, log_sum
-
-
-def flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, grad: Tensor,
-    lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, given the output and log-sum-exp of all keys, of which these may be a part."""
-    starts, key_starts = sequence_starts(lengths, q.device), sequence_starts(keys, q.device)
-    no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, log_sum, starts, key_starts, max(lengths), max(keys), 0.0, causal, no_dropout, no_dropout,
-        scale=scale,
-    )  # fmt: skip
-    return gradients

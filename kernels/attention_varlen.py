@@ -15,6 +15,7 @@ one more key without a value had been there, and with the rescaled ones the back
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -42,23 +43,65 @@ def varlen_attention(
     Args and returns: those of `packed_attention`, which checks them; where a sequence's queries are only its last
     tokens, `key_lengths` are the tokens of its k and v.
     """
-    key_lengths = key_lengths or lengths
-    starts, key_starts = sequence_starts(lengths, q.device), sequence_starts(key_lengths, q.device)
-    return torch.ops.aten._flash_attention_forward(
+    return flash(q, k, v, lengths, key_lengths or lengths, True, scale, window)[0]
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool, scale: float,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each sequence to its keys, (tokens, heads, head_dim), and (heads, tokens) fp32 log-sum-exp."""
+    starts, key_starts = sequence_starts(lengths, q.device), sequence_starts(keys, q.device)
+    limits = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0} if causal else {}
+    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
         starts,
         key_starts,
         max(lengths),
-        max(key_lengths),
+        max(keys),
         0.0,  # no dropout
-        window is None,  # causal; a window that ends at the query is causal, too
+        causal and window is None,  # a window that ends at the query is causal, too
         False,  # no debug mask
         scale=scale,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0,
-    )[0]
+        **limits,
+    )
+    return out, log_sum
+
+
+def flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, grad: Tensor,
+    lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, given the output and log-sum-exp of all keys, of which these may be a part."""
+    starts, key_starts = sequence_starts(lengths, q.device), sequence_starts(keys, q.device)
+    no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, log_sum, starts, key_starts, max(lengths), max(keys), 0.0, causal, no_dropout, no_dropout,
+        scale=scale,
+    )  # fmt: skip
+    return gradients
+
+
+def sequence_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """`varlen_attention` of one sequence, whose queries may be only its last tokens, in plain torch."""
+    queries, tokens = q.shape[0], k.shape[0]
+    mask = None
+    if queries < tokens or (window is not None and tokens > window):
+        distance = torch.arange(tokens - queries, tokens, device=q.device)[:, None]
+        distance = distance - torch.arange(tokens, device=q.device)[None, :]
+        mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
 
 
 @lru_cache(maxsize=1024)  # a row has up to four for each shared prompt
