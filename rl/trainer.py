@@ -102,10 +102,9 @@ class GRPOTrainer(Trainer):
         max_context, max_prompt = _context(setup.model_config(model), args)
         tokenize = _prompt_tokenizer(tokenizer, max_prompt, args, agents)
         train_dataset = agents.stand_in(args) if agents is not None and train_dataset is None else train_dataset
-        self._check_dataset = partial(_check_dataset, tokenize, agents)
-        self._check_dataset("train_dataset", train_dataset, args.prompts_per_generation)
-        for name, part in _named_datasets(eval_dataset):
-            self._check_dataset(name, part, 1)
+        self._check_datasets = partial(_check_datasets, tokenize, agents)
+        self._check_datasets([("train_dataset", train_dataset)], args.prompts_per_generation)
+        self._check_datasets(_named_datasets(eval_dataset))
         if isinstance(train_dataset, Dataset) and rollout_func is None:
             rewards.check_columns([*train_dataset.column_names, *(agents.columns if agents is not None else [])])
         assert train_dataset is not None  # check_dataset has seen to it
@@ -127,11 +126,7 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.progress = ProgressBar()
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        if not args.disable_tqdm:
-            self.add_callback(self.progress)
+        self.progress = self._progress_bar()
         self.rewards, self.spare = rewards, spare
         completions = Collector(self.engine, tokenizer, tokenize, rewards, args, stops, self.progress.phase)
         self.collector = self._collector(completions, agents, rollout_func, max_prompt)
@@ -140,6 +135,15 @@ class GRPOTrainer(Trainer):
         self.learner = Learner(self.policy, args, self.metrics, self.progress.phase)
         self._samples: list[TrainingSample] | None = None  # of the generation in use, all completions
         self._records: list[RolloutRecord] = []
+
+    def _progress_bar(self) -> ProgressBar:
+        """Ours, in place of transformers' bar and printer; shown unless disable_tqdm is set."""
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        bar = ProgressBar()
+        if not self.args.disable_tqdm:
+            self.add_callback(bar)
+        return bar
 
     def _collector(
         self, completions: Collector, agents: Agents | None, rollout_func: RolloutFunction | None, max_prompt: int
@@ -289,8 +293,7 @@ class GRPOTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; pass one to the trainer or to evaluate()")
-        for name, part in _named_datasets(dataset):
-            self._check_dataset(name, part, 1)
+        self._check_datasets(_named_datasets(dataset))
         if not isinstance(dataset, dict):
             return self._evaluate_one(dataset, metric_key_prefix)
         merged: dict[str, float] = {}
@@ -448,13 +451,17 @@ def _prompt_tokenizer(
     return tokenize if agents is None else ToolPromptTokenizer(tokenize, agents)
 
 
-def _check_dataset(
-    tokenize: PromptTokenizer, agents: Agents | None, name: str, dataset: Dataset | IterableDataset | None, least: int
+def _check_datasets(
+    tokenize: PromptTokenizer,
+    agents: Agents | None,
+    named: Sequence[tuple[str, Dataset | IterableDataset | None]],
+    at_least: int = 1,
 ) -> None:
     """Raise ValueError for a dataset that is missing, too small, or has prompts or environments that cannot be used."""
-    check_dataset(dataset, name, tokenize, least)
-    if agents is not None:
-        agents.check_environments(dataset, name)
+    for name, dataset in named:
+        check_dataset(dataset, name, tokenize, at_least)
+        if agents is not None:
+            agents.check_environments(dataset, name)
 
 
 def _named_datasets(datasets: Dataset | dict[str, Dataset] | None) -> list[tuple[str, Dataset]]:
