@@ -14,14 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from colora.kernels.attention import (
-    DENSE_BACKENDS,
-    DENSE_FROM,
-    dense_bucket,
-    packed_attention,
-    packed_attention_reference,
-)
-from colora.kernels.attention_varlen import varlen_attention
+from colora.kernels.attention import packed_attention, packed_attention_reference
+from colora.kernels.attention_dense import dense_bucket
+from colora.kernels.attention_plan import DENSE_FROM
+from colora.kernels.attention_varlen import varlen
 from common import Report, matmul_roof, parser
 from plots import Panels, plot_panels
 from torch import Tensor
@@ -48,6 +44,10 @@ def loop(backends: list[SDPBackend]) -> Attention:
     return run
 
 
+def varlen_row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
+    return varlen(q, k, v, lengths, lengths, scale, window=window)[0]  # its operator has a gradient of its own
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
     q_b, k_b, v_b = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
     mask = sequences_mask(lengths, window)
@@ -71,8 +71,8 @@ def sequences_mask(lengths: tuple[int, ...], window: int | None) -> BlockMask:
 
 PEERS: dict[str, Attention] = {
     "flash": loop([SDPBackend.FLASH_ATTENTION]),
-    "loop": loop(DENSE_BACKENDS),
-    "varlen": varlen_attention,
+    "loop": loop([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]),
+    "varlen": varlen_row,
     "flex": flex,
 }
 
@@ -208,7 +208,7 @@ def threshold(report: Report) -> None:
         lengths = (length - 128, length + 128) * (16384 // length)
         row = Row(f"uneven_{length}_dense_tflops", lengths)
         dense = row.tflops(lambda *arguments: packed_attention(*arguments, dense_from=1))[0]
-        peers = {"varlen": round(row.tflops(varlen_attention)[0], 1)}
+        peers = {"varlen": round(row.tflops(varlen_row)[0], 1)}
         report.add(f"attention.{row.figure}", dense, "TFLOP/s", "higher", peers=peers, dense_from_now=DENSE_FROM)
 
 

@@ -36,7 +36,11 @@ def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str
     """{length: {seconds, spread, peak_gib}}, None where the memory does not suffice."""
     config = model_config(shape)
     if side in ("ours", "nf4"):
-        step = policy_step(random_policy(config, base="nf4" if side == "nf4" else "auto"))
+        from colora.kernels.offload import ActivationOffload
+
+        policy = random_policy(config, base="nf4" if side == "nf4" else "auto")
+        policy.offload = ActivationOffload(policy.device)  # as in training: on the GPU what fits in half of its memory
+        step = policy_step(policy)
     else:
         step = transformers_step(config, side == "liger")
     results: dict[str, dict[str, float] | None] = {}

@@ -1,25 +1,11 @@
 """Causal grouped-query attention over a packed row: several sequences side by side, none sees another, and
 continuations that share a prompt (row_layout.py, attention_shared.py).
 
-On a GPU `attention_plan` cuts a row into segments, each for the kernel that is fastest for it (the figures are those of
-benchmarks/attention.py):
-
-    dense: cuDNN's attention (flash where cuDNN has no kernel), which knows "causal" and equal lengths and nothing else:
-        a sequence of at least DENSE_FROM tokens, or a row of equal sequences of at least EQUAL_FROM tokens, which is a
-        batch as it lies there. From about 2K tokens on it beats `varlen` although each sequence is a call (uneven_*).
-    varlen: FlashAttention-2, which takes a run of shorter sequences in one call (all of them where the row begins with
-        its longest), and rows with sliding windows; see attention_varlen.py. FlexAttention is about as fast only where
-        it is compiled, for seconds, for the very length of the row (peers of grpo_* and window*).
-
-cuDNN makes a plan for each new shape, which takes as long as many attentions (second_length_dense_ms), and in each
-thread: that of the forward pass, and the one where autograd runs the backward pass and checkpointing repeats the
-forward. Trained sequences hardly ever have a length twice, so dense calls have the few lengths of `dense_bucket`: those
-in between are copied, with zeros behind their end. No token sees what comes after it, and no gradient comes back
-from behind the end, so nothing changes but the time. A new length in a known bucket needs no plan
-(second_length_in_bucket_ms), and `varlen` needs none at all (second_length_ms).
+On a GPU the row is cut into segments, each for the kernel that is fastest for it (attention_plan.py).
 
 FLOPs, with D = head_dim, over all visible pairs of query and key: 4 D per query head forward, 10 D backward.
-Bytes kept for the backward pass: q, k, v (of a dense call its padded ones), the output and 4 per token and query head.
+Bytes kept for the backward pass: q, k, v, the output and 4 per token and query head. A backward pass that has computed
+q, k and v again needs no second forward pass of attention, only the other two (`KeptAttention`).
 
 Error: scores and sums are fp32, the probabilities are rounded to the dtype of unit roundoff u before the product with
 the values: |error| <= 4 u max |v| over the visible keys (and rounding of the scores' sums, far below that in bf16).
@@ -29,39 +15,40 @@ the same tile by 0, so that there they also reach earlier tokens of the sequence
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.function import once_differentiable
 
-from .attention_shared import continued_attention, continued_attention_reference
-from .attention_varlen import has_kernel, sequence_reference, varlen_attention
-from .row_layout import Entry, Layout, entry_tokens, is_layout, row_tokens
-
-DENSE_FROM = 2048  # a sequence of so many tokens gets a call of its own (benchmarks/attention.py, uneven_*)
-EQUAL_FROM = 1024  # equal sequences of so many tokens are one batch
-DENSE_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-BLOCK = 128  # lengths of rows and of dense calls are multiples of it
+from .attention_dense import dense, dense_backward, has_dense_kernel
+from .attention_plan import DENSE_FROM, Plan, Segment, attention_plan
+from .attention_shared import add_prompt, add_prompt_backward, continued_reference, windowed, windowed_backward
+from .attention_varlen import has_kernel, varlen, varlen_backward
+from .row_layout import Layout, entry_tokens, is_layout, row_tokens
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Adjacent sequences of a row that one kernel takes in one call; `dense` ones have equal lengths."""
+@dataclass
+class KeptAttention:
+    """What `packed_attention` leaves where kernels run: given to it again with the same q, k and v, it starts there.
 
-    lengths: tuple[int, ...]
-    dense: bool
+    Attributes:
+        out: (tokens, heads, head_dim), its result.
+        log_sum: (heads, tokens) fp32, the logarithms of the sums of exponentials.
+    """
 
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    out: Tensor | None = None
+    log_sum: Tensor | None = None
+
+
+def kept_attention(x: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Tensors like those of `KeptAttention`, on the meta device, for a row x (tokens, hidden); none without kernels."""
+    if not has_kernel(x.new_empty(0, heads, head_dim)):
+        return ()
+    tokens = x.shape[0]
+    out = torch.empty(tokens, heads, head_dim, dtype=x.dtype, device="meta")
+    return out, torch.empty(heads, tokens, dtype=torch.float32, device="meta")
 
 
 def packed_attention(
@@ -72,11 +59,12 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     dense_from: int = DENSE_FROM,
+    kept: KeptAttention | None = None,
 ) -> Tensor:
-    """Attention of each packed sequence to itself, causal, optionally within a sliding window.
+    """softmax(scale * q k^T) v, each query over the keys up to itself of its own sequence.
 
-    The kernels of this page on a GPU in bf16 and fp16, with heads of up to 256 whose dimension is a multiple of 8; the
-    reference for all else.
+    Query head h attends to key-value head h // (heads / kv_heads). Differentiable once on a GPU. The heads may be
+    slices of one fused tensor; the last dimension is contiguous.
 
     Args:
         q: (tokens, heads, head_dim).
@@ -85,6 +73,7 @@ def packed_attention(
         scale: factor on the scores.
         window: a token attends to itself and the window - 1 tokens before it; None for all.
         dense_from: see `attention_plan`.
+        kept: filled where kernels run; if it is already, that is the result, and only a backward pass is to come.
 
     Returns:
         (tokens, heads, head_dim), the dtype of `q`.
@@ -95,121 +84,106 @@ def packed_attention(
     _check(q, k, v, layout, window)
     if not has_kernel(q):
         return packed_attention_reference(q, k, v, layout, scale, window)
-    pieces = []
-    for entries, (q_run, k_run, v_run) in _runs(q, k, v, layout):
-        family = entries[0]
-        if isinstance(family, int):
-            lengths = tuple(map(entry_tokens, entries))
-            pieces.append(_sequences(q_run, k_run, v_run, lengths, scale, window, dense_from))
-            continue
-        prompt, *continuations = family
-        sizes = [prompt, sum(continuations)]
-        (q_p, q_c), (k_p, k_c), (v_p, v_c) = (x.split(sizes) for x in (q_run, k_run, v_run))
-        pieces.append(_sequences(q_p, k_p, v_p, (prompt,), scale, window, dense_from))
-        narrow = None if window is None or window >= prompt + max(continuations) else window
-        pieces.append(continued_attention(q_c, (k_p, v_p), (k_c, v_c), continuations, scale, narrow))
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    plan = attention_plan(tuple(layout), window, dense_from)
+    kept = kept or KeptAttention()
+    if kept.out is None or kept.log_sum is None:
+        with torch.no_grad():
+            kept.out, kept.log_sum = _attend(q, k, v, plan, scale)
+    out: Tensor = _Differentiable.apply(q, k, v, kept.out, kept.log_sum, plan, scale)
+    return out
 
 
-def _runs(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout
-) -> Iterator[tuple[list[Entry], tuple[Tensor, Tensor, Tensor]]]:
-    """Neighbouring sequences together, and every prompt with its continuations, with their q, k and v."""
-    runs: list[list[Entry]] = []
-    for entry in layout:
-        if isinstance(entry, int) and runs and isinstance(runs[-1][0], int):
-            runs[-1].append(entry)
+class _Differentiable(torch.autograd.Function):
+    """The output of attention that was computed before, as a function of q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, plan: Plan, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        ctx.plan, ctx.scale = plan, scale
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum = ctx.saved_tensors
+        gradients = _attend_backward(grad.contiguous(), q, k, v, out, log_sum, ctx.plan, ctx.scale)
+        return *gradients, None, None, None, None
+
+
+def _rows(plan: Plan) -> Iterator[tuple[Segment, slice, slice]]:
+    """Each segment, its rows and those of the prompt before them."""
+    start = 0
+    for segment in plan.segments:
+        stop = start + sum(segment.lengths)
+        yield segment, slice(start, stop), slice(start - segment.prompt, start)
+        start = stop
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """(tokens, heads, head_dim), and (heads, tokens) fp32, the logarithms of the sums of exponentials."""
+    out, log_sum = _attend_segments(q, k, v, plan, scale)
+    for first, middle, last in plan.prompts:
+        before, rows = slice(first, middle), slice(middle, last)
+        own_part = (out[rows], log_sum[:, rows])
+        out[rows], log_sum[:, rows] = add_prompt(q[rows], (k[before], v[before]), own_part, scale)
+    return out, log_sum
+
+
+def _attend_segments(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Without the plan's `prompts`."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for segment, rows, before in _rows(plan):
+        own, lengths, window = (q[rows], k[rows], v[rows]), segment.lengths, segment.window
+        if segment.prompt and window is not None:
+            parts.append(windowed(own[0], (k[before], v[before]), own[1:], lengths, scale, window))
+        elif segment.dense and has_dense_kernel(*own):
+            parts.append(dense(*own, len(lengths), scale))
         else:
-            runs.append([entry])
-    sizes = [row_tokens(run) for run in runs]  # split, not slices: its backward is one concatenation
-    yield from zip(runs, zip(*(x.split(sizes) for x in (q, k, v)), strict=True), strict=True)
+            parts.append(varlen(*own, lengths, lengths, scale, window=window))
+    outs, log_sums = zip(*parts, strict=True)
+    return (torch.cat(outs), torch.cat(log_sums, 1)) if len(parts) > 1 else parts[0]
 
 
-def _sequences(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None, dense_from: int
-) -> Tensor:
-    """`packed_attention` of sequences, on a GPU."""
-    if window is not None and window >= max(lengths):
-        window = None
-    plan = attention_plan(lengths, window, dense_from)
-    if len(plan) == 1:
-        return _attend(q, k, v, plan[0], scale, window)
-    sizes = [segment.tokens for segment in plan]
-    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), plan, strict=True)
-    return torch.cat([_attend(*part, scale, window) for part in parts])
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    (grad_q, grad_k, grad_v), of_prompts = _attend_segments_backward(grad, q, k, v, out, log_sum, plan, scale)
+    for first, middle, last in plan.prompts:
+        before, rows = slice(first, middle), slice(middle, last)
+        known = (out[rows], log_sum[:, rows].contiguous())
+        more_q, more_k, more_v = add_prompt_backward(grad[rows], q[rows], (k[before], v[before]), *known, scale)
+        grad_q[rows] += more_q
+        of_prompts.append((before, more_k, more_v))
+    for before, more_k, more_v in of_prompts:
+        grad_k[before] += more_k
+        grad_v[before] += more_v
+    return grad_q, grad_k, grad_v
 
 
-@lru_cache(maxsize=64)
-def attention_plan(
-    lengths: tuple[int, ...], window: int | None = None, dense_from: int = DENSE_FROM
-) -> tuple[Segment, ...]:
-    """Cut a row into segments; the rule is at the top of the page.
-
-    Args:
-        lengths: tokens of each sequence.
-        window: of fewer tokens than the longest sequence, or None.
-        dense_from: tokens from which a sequence among others gets a dense call of its own.
-    """
-    if window is not None:
-        return (Segment(lengths, dense=False),)
-    if len(lengths) > 1 and len(set(lengths)) == 1 and lengths[0] >= EQUAL_FROM:
-        return (Segment(lengths, dense=True),)
-    segments: list[Segment] = []
-    for dense, group in groupby(lengths, lambda length: length >= dense_from):
-        run = tuple(group)
-        segments += [Segment((length,), dense=True) for length in run] if dense else [Segment(run, dense=False)]
-    return tuple(segments)
-
-
-def padded_tokens(tokens: int) -> int:
-    """What to prolong a row to, with tokens at its end that are thrown away: being causal, nothing before them changes.
-
-    A multiple of 128, from 16K tokens on of a 64th of the power of two below: finer than `dense_bucket`, as all of a
-    model runs on these tokens. From 32K on they are the same, and a sequence that has such a row to itself is not
-    copied.
-    """
-    return _round_up(tokens, max(BLOCK, _power_of_two_below(tokens) // 64))
-
-
-def dense_bucket(tokens: int) -> int:
-    """Of a sequence in a dense call: `tokens` rounded up to one of 16 lengths between two powers of two.
-
-    From 16K tokens on there are 32, from 32K on 64 of them, and below 2K they are multiples of 128: a plan takes the
-    same time for all lengths, but what it saves grows with their square. Of a sequence of at least 2K tokens at most a
-    16th is added, on the average a 50th.
-    """
-    octave = _power_of_two_below(tokens)
-    return _round_up(tokens, max(BLOCK, min(octave // 16, 512), octave // 64))
-
-
-def _power_of_two_below(tokens: int) -> int:
-    """The greatest power of two that is no greater than `tokens`, which is at least 1."""
-    return 1 << (tokens.bit_length() - 1)
-
-
-def _round_up(tokens: int, step: int) -> int:
-    return -(-tokens // step) * step
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float, window: int | None) -> Tensor:
-    if segment.dense:
-        return dense_attention(q, k, v, len(segment.lengths), scale)
-    return varlen_attention(q, k, v, segment.lengths, scale, window)
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
-    """`packed_attention` of `sequences` sequences of the same length, padded to `dense_bucket`."""
-    length = q.shape[0] // sequences
-    padding = dense_bucket(length) - length
-    batch = [x.unflatten(0, (sequences, length)) for x in (q, k, v)]
-    if padding:
-        batch = [F.pad(x, (0, 0, 0, 0, 0, padding)) for x in batch]
-    q_b, k_b, v_b = (x.transpose(1, 2) for x in batch)
-    with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
-        out = F.scaled_dot_product_attention(
-            q_b, k_b, v_b, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    return out.transpose(1, 2)[:, :length].flatten(0, 1)
+def _attend_segments_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, plan: Plan, scale: float
+) -> tuple[list[Tensor], list[tuple[slice, Tensor, Tensor]]]:
+    """Without the plan's `prompts`: the gradients of q, k and v, and what is to be added to those of k and v, where."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    of_prompts: list[tuple[slice, Tensor, Tensor]] = []
+    for segment, rows, before in _rows(plan):
+        own, lengths, window = (q[rows], k[rows], v[rows]), segment.lengths, segment.window
+        known = (out[rows], log_sum[:, rows].contiguous())
+        if segment.prompt and window is not None:
+            prompt = (k[before], v[before])
+            grad_q, of_prompt, of_own = windowed_backward(
+                grad[rows], own[0], prompt, own[1:], *known, lengths, scale, window
+            )
+            of_prompts.append((before, *of_prompt))
+            parts.append((grad_q, *of_own))
+        elif segment.dense and has_dense_kernel(*own):
+            parts.append(dense_backward(grad[rows], *own, *known, len(lengths), scale))
+        else:
+            parts.append(varlen_backward(grad[rows], *own, *known, lengths, lengths, scale, window=window))
+    return [torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)], of_prompts
 
 
 def packed_attention_reference(
@@ -220,13 +194,35 @@ def packed_attention_reference(
     pieces, sizes = [], [entry_tokens(entry) for entry in layout]
     for q_s, k_s, v_s, entry in zip(q.split(sizes), k.split(sizes), v.split(sizes), layout, strict=True):
         if isinstance(entry, int):
-            pieces.append(sequence_reference(q_s, k_s, v_s, scale, window))
+            pieces.append(_sequence_reference(q_s, k_s, v_s, scale, window))
             continue
         prompt, *continuations = entry
         (q_p, q_c), (k_p, k_c), (v_p, v_c) = (x.split([prompt, sum(continuations)]) for x in (q_s, k_s, v_s))
-        pieces.append(sequence_reference(q_p, k_p, v_p, scale, window))
-        pieces.append(continued_attention_reference(q_c, (k_p, v_p), (k_c, v_c), continuations, scale, window))
+        pieces.append(_sequence_reference(q_p, k_p, v_p, scale, window))
+        pieces.append(continued_reference(q_c, (k_p, v_p), (k_c, v_c), continuations, scale, window))
     return torch.cat(pieces)
+
+
+def _sequence_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    length = q.shape[0]
+    mask = _window_mask(length, window, q.device) if window is not None and length > window else None
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(length, length) bool, True where query row may see key column."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> None:

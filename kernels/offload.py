@@ -2,10 +2,11 @@
 
 Gradient checkpointing keeps the input of every block: layers * tokens * hidden elements, 9.7 GB for 32K tokens of an
 8B model in bfloat16. Of those only the last few stay on the GPU. Each of the others is copied out while its block
-computes, and copied back while the block after it (the one before it in the backward pass) is differentiated.
+computes, and copied back while the block after it (the one before it in the backward pass) is differentiated. Where
+there is room for more, what attention leaves (`KeptAttention`) goes the same way: as much again, and a 64th.
 
 Bytes: one copy each way over PCIe; 268 MB a block in the case above, 5 ms at 50 GB/s beside some 60 ms of computing.
-On the GPU: the block's own input and the next one's. Exact: bytes are moved, not changed.
+On the GPU: the block's own and the next one's. Exact: bytes are moved, not changed.
 
 How the streams agree. Everything is allocated, and freed, in the pool of the stream that computes; copies run on one
 stream of their own, in order. Before a copy that stream waits for all that was given to the computing stream so far:
@@ -17,72 +18,16 @@ input would still be there.) Reads and writes of the host memory are in order as
 the CPU, but where the host memory grows.
 """
 
-import mmap
-import weakref
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-GIB = 2**30
+from .host_memory import GIB, Copies, HostMemory, available_bytes
+
 # What a block's backward pass and the head's need beside the inputs that are kept: so many inputs and so many bytes.
 WORKING_INPUTS, WORKING_BYTES = 16, 2 * GIB
-
-
-class _Copies:
-    """The stream of the copies. On the CPU there is none, and a copy is done when `start` returns."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def start(self, target: Tensor, source: Tensor, compute: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-        """Copy after all that `compute` was given; the event tells when it is done."""
-        if self._stream is None or compute is None:
-            target.copy_(source)
-            return None
-        self._stream.wait_stream(compute)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        return self._stream.record_event()
-
-    def wait(self) -> None:
-        """Wait, on the CPU, until all copies are done."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-
-class _HostMemory:
-    """Bytes of the host, page-locked where a GPU is to copy from and to them; unlocked and freed with the object.
-
-    Not `torch.empty(pin_memory=True)`: its allocator rounds up to a power of two, which can double the memory, and
-    keeps what is freed.
-    """
-
-    def __init__(self, nbytes: int, copies: _Copies):
-        self.nbytes = nbytes
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # of its own, unlike malloc's
-        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        if copies.device.type == "cuda":
-            runtime = torch.cuda.cudart()
-            error = runtime.cudaHostRegister(self._bytes.data_ptr(), nbytes, 0)
-            if error != runtime.cudaError.success:
-                raise RuntimeError(
-                    f"activation offload: {nbytes / GIB:.2f} GiB of host memory cannot be page-locked (CUDA error "
-                    f"{int(error)}); lower tokens_per_microbatch, raise the memory limit (`ulimit -l`, the "
-                    "container's), or set activation_offload to false"
-                )
-            # Given the tensor, and not its address: the memory is unlocked before it is unmapped.
-            weakref.finalize(self, _unlock, self._bytes, copies)
-
-    def slot(self, index: int, like: Tensor) -> Tensor:
-        """The index-th piece, as a tensor of the shape and dtype of `like`."""
-        start = index * like.nbytes
-        return self._bytes[start : start + like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _unlock(locked: Tensor, copies: _Copies) -> None:
-    copies.wait()  # a pass that was abandoned may still be copying
-    torch.cuda.cudart().cudaHostUnregister(locked.data_ptr())
 
 
 class ActivationOffload:
@@ -94,7 +39,7 @@ class ActivationOffload:
     Args:
         device: of the blocks. On the CPU the copies are plain ones, which saves nothing: for tests.
         keep: how many inputs, of the last blocks, stay on the device, at least 1, as the last block's is wanted first;
-            None: as many as fit in half of the memory that is free (see `inputs_on_device`).
+            None: as many as fit in half of the memory that is free (see `fit_on_device`).
 
     Raises:
         ValueError: `keep` below 1.
@@ -104,23 +49,45 @@ class ActivationOffload:
         if keep is not None and keep < 1:
             raise ValueError(f"ActivationOffload: keep={keep}, but the last block's input always stays: give 1 or more")
         self.device, self.keep = device, keep
-        self.copies = _Copies(device)
-        self._unused: list[_HostMemory] = []
+        self.copies = Copies(device)
+        self._unused: list[HostMemory] = []
 
-    def begin(self, like: Tensor, blocks: int) -> "BlockInputs":
-        """What one forward pass through `blocks` blocks puts its inputs into, all of the shape and dtype of `like`."""
-        keep = inputs_on_device(like.nbytes, self.device) if self.keep is None else self.keep
-        return BlockInputs(self, like, max(0, blocks - keep))
+    def begin(self, like: Tensor, blocks: int, more: Sequence[Tensor] = ()) -> "BlockInputs":
+        """What one forward pass through `blocks` blocks puts its inputs into.
 
-    def take(self, nbytes: int) -> _HostMemory:
+        Args:
+            like: a tensor of the inputs' shape and dtype.
+            blocks: how many there are.
+            more: tensors like those that are worth keeping of each block besides, where there is room for them: on the
+                device for two blocks at least, in host memory within half of what is available.
+        """
+        likes = [like, *more]
+        if more and not self._has_room(likes, blocks):
+            likes = [like]
+        return BlockInputs(self, likes, like.device, blocks - self._stay(likes))
+
+    def _stay(self, likes: Sequence[Tensor]) -> int:
+        """Of how many blocks everything stays on the device."""
+        return max(1, fit_on_device(likes, self.device)) if self.keep is None else self.keep
+
+    def _has_room(self, likes: Sequence[Tensor], blocks: int) -> bool:
+        if fit_on_device(likes, self.device) < 2:
+            return False
+        on_host = (blocks - self._stay(likes)) * block_bytes(likes)
+        ours = max((memory.nbytes for memory in self._unused), default=0)  # what `take` gives, or frees
+        return on_host <= max(ours, (available_bytes() + ours) // 2)
+
+    def take(self, nbytes: int) -> HostMemory:
         """Host memory that is not in use, at least `nbytes`."""
-        memory = self._unused.pop() if self._unused else None
-        if memory is None or memory.nbytes < nbytes:
-            memory = None  # freed first: both at once may be too much
-            memory = _HostMemory(nbytes, self.copies)
-        return memory
+        self._unused.sort(key=lambda memory: memory.nbytes)
+        large_enough = [memory.nbytes >= nbytes for memory in self._unused]
+        if any(large_enough):
+            return self._unused.pop(large_enough.index(True))
+        if self._unused:
+            self._unused.pop()  # freed first: both at once may be too much
+        return HostMemory(nbytes, self.copies)
 
-    def give_back(self, memory: _HostMemory) -> None:
+    def give_back(self, memory: HostMemory) -> None:
         self._unused.append(memory)
 
     @property
@@ -136,58 +103,67 @@ class BlockInputs:
     `ActivationOffload.begin`; `save` is called in the order of the blocks, `load` in the opposite one.
     """
 
-    def __init__(self, offload: ActivationOffload, like: Tensor, on_host: int):
-        self._offload, self._on_host = offload, on_host
-        self._like = torch.empty_like(like, device="meta")
-        self._compute = torch.cuda.current_stream(like.device) if like.is_cuda else None
-        self._memory: _HostMemory | None = None
-        self._in_host: set[int] = set()
-        self._on_device: dict[int, Tensor] = {}
+    def __init__(self, offload: ActivationOffload, likes: Sequence[Tensor], device: torch.device, on_host: int):
+        self._offload, self._on_host, self._device = offload, max(0, on_host), device
+        self._likes = [torch.empty_like(like, device="meta") for like in likes]
+        self._compute = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._memory: HostMemory | None = None
+        self._in_host: dict[int, int] = {}  # block -> how many tensors of it
+        self._on_device: dict[int, list[Tensor]] = {}
         # What the copy stream is at work on: held until the computing stream has been told to wait.
-        self._leaving: tuple[Tensor, torch.cuda.Event | None] | None = None
-        self._coming: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
+        self._leaving: list[tuple[Sequence[Tensor], torch.cuda.Event | None]] = []
+        self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
 
-    def save(self, index: int, x: Tensor) -> None:
-        """Keep the input of block `index`, an activation that nobody changes in place.
+    @property
+    def keeps_more(self) -> bool:
+        """Whether more than the input is to be kept of each block."""
+        return len(self._likes) > 1
+
+    def save(self, index: int, *tensors: Tensor) -> None:
+        """Keep the input of block `index`, or what is kept besides: activations that nobody changes in place.
 
         Raises:
-            ValueError: another shape or dtype than the pass was begun with.
+            ValueError: another shape or dtype than the pass was begun with, or more tensors.
         """
-        if x.shape != self._like.shape or x.dtype != self._like.dtype:
-            raise ValueError(
-                f"activation offload: the input of block {index} is {tuple(x.shape)} {x.dtype}, the pass was begun "
-                f"with {tuple(self._like.shape)} {self._like.dtype}"
-            )
-        x = x.detach()  # its graph holds this object: kept with it, neither would ever be freed
-        self._let_leave()
+        first = self._in_host.get(index, 0) + len(self._on_device.get(index, ()))
+        for x, like in zip(tensors, self._likes[first : first + len(tensors)], strict=True):
+            if x.shape != like.shape or x.dtype != like.dtype:
+                raise ValueError(
+                    f"activation offload: the input of block {index} is {tuple(x.shape)} {x.dtype}, the pass was begun "
+                    f"with {tuple(like.shape)} {like.dtype}"
+                )
+        # The graph of a tensor holds this object: kept with it, neither would ever be freed.
+        sources = [x.detach() for x in tensors]
+        if not first:  # all of a block leaves while it computes: nothing waits between its input and the rest
+            self._let_leave()
         if index >= self._on_host:
-            self._on_device[index] = x
+            self._on_device.setdefault(index, []).extend(sources)
             return
         if self._memory is None:
-            self._memory = self._offload.take(self._on_host * self._like.nbytes)
-        event = self._offload.copies.start(self._memory.slot(index, self._like), x, self._compute)
-        self._leaving = (x, event)
-        self._in_host.add(index)
+            self._memory = self._offload.take(self._on_host * block_bytes(self._likes))
+        targets = self._slots(self._memory, index)[first:]
+        self._leaving.append((sources, self._copy(zip(targets, sources, strict=False))))
+        self._in_host[index] = first + len(sources)
 
-    def load(self, index: int) -> Tensor:
-        """The input of block `index`; the one of the block before it begins to come back.
+    def load(self, index: int) -> list[Tensor]:
+        """What was saved of block `index`; that of the block before it begins to come back.
 
         Raises:
             RuntimeError: it was loaded before, or never saved.
         """
         self._let_leave()
         if index in self._on_device:
-            x = self._on_device.pop(index)
+            tensors = self._on_device.pop(index)
         else:
             if index not in self._coming:
                 self._fetch(index)
-            x, event = self._coming.pop(index)
+            tensors, event = self._coming.pop(index)
             self._wait(event)
         if index - 1 in self._in_host:
             self._fetch(index - 1)
         if not (self._on_device or self._in_host or self._coming):
             self.close()
-        return x
+        return tensors
 
     def close(self) -> None:
         """Forget what is still there and give the host memory back."""
@@ -210,29 +186,52 @@ class BlockInputs:
                 f"activation offload: the input of block {index} is gone, as a backward pass has taken it; with "
                 "offload a graph can be walked once (no retain_graph): run the forward pass again"
             )
-        self._in_host.remove(index)
-        target = torch.empty_like(self._like, device=self._offload.device)
-        event = self._offload.copies.start(target, self._memory.slot(index, self._like), self._compute)
-        self._coming[index] = (target, event)
+        sources = self._slots(self._memory, index)[: self._in_host.pop(index)]
+        targets = [torch.empty_like(source, device=self._device) for source in sources]
+        self._coming[index] = (targets, self._copy(zip(targets, sources, strict=True)))
+
+    def _slots(self, memory: HostMemory, index: int) -> list[Tensor]:
+        """The places of block `index` in host memory."""
+        start = index * block_bytes(self._likes)
+        return [memory.at(start + offset, like) for offset, like in zip(offsets(self._likes), self._likes, strict=True)]
+
+    def _copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> torch.cuda.Event | None:
+        """Copy (target, source) after all that was given to the computing stream; the event tells when it is done."""
+        event = None
+        for target, source in pairs:
+            event = self._offload.copies.start(target, source, self._compute)
+        return event
 
     def _let_leave(self) -> None:
-        if self._leaving is not None:
-            self._wait(self._leaving[1])
-            self._leaving = None
+        for _, event in self._leaving:
+            self._wait(event)
+        self._leaving.clear()
 
     def _wait(self, event: torch.cuda.Event | None) -> None:
         if event is not None and self._compute is not None:
             self._compute.wait_event(event)
 
 
-def inputs_on_device(nbytes: int, device: torch.device) -> int:
-    """How many inputs of `nbytes` bytes are kept on the GPU: those that fit in half of what is free, at least one.
+def offsets(likes: Sequence[Tensor]) -> list[int]:
+    """Where in a block's bytes each of its tensors begins: at a multiple of the largest dtype's size."""
+    size = max(like.itemsize for like in likes)
+    return [0, *accumulate(-(-like.nbytes // size) * size for like in likes)][:-1]
+
+
+def block_bytes(likes: Sequence[Tensor]) -> int:
+    """Bytes of what is kept of one block, to the byte for a single tensor."""
+    size = max(like.itemsize for like in likes)
+    return sum(-(-like.nbytes // size) * size for like in likes)
+
+
+def fit_on_device(likes: Sequence[Tensor], device: torch.device) -> int:
+    """Of how many blocks everything fits in half of the GPU's free memory, 0 or below where there is no room to spare.
 
     Free is what the driver or PyTorch's allocator could still hand out, less what a backward pass works with
-    (`WORKING_BYTES`, and `WORKING_INPUTS` times an input). Every one of them is kept on the CPU.
+    (`WORKING_BYTES`, and `WORKING_INPUTS` times an input, the first of `likes`). All of them do on the CPU.
     """
     if device.type != "cuda":
         return 2**31
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + cached - WORKING_BYTES - WORKING_INPUTS * nbytes
-    return max(1, free // 2 // nbytes)
+    free = torch.cuda.mem_get_info(device)[0] + cached - WORKING_BYTES - WORKING_INPUTS * likes[0].nbytes
+    return free // 2 // block_bytes(likes)

@@ -6,11 +6,12 @@ from functools import partial
 
 from torch import Tensor
 
-from .attention import packed_attention, packed_attention_reference
+from .attention import KeptAttention, packed_attention, packed_attention_reference
 from .glu import glu, glu_reference
 from .linear_logprob import linear_logprob
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from .rope import rotate_qkv, rotate_qkv_reference
+from .row_layout import Layout
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ def _add_rms_norm_reference(
     return rms_norm_reference(summed, weight, eps, one_plus_weight), summed
 
 
+def _attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, kept: KeptAttention | None = None
+) -> Tensor:
+    return packed_attention_reference(q, k, v, layout, scale, window)
+
+
 def _glu_reference(gate_up: Tensor, activation: str, overwrite: bool = False) -> Tensor:
     return glu_reference(gate_up, activation)
 
@@ -43,7 +50,7 @@ OPS: dict[str, Ops] = {
         rms_norm_reference,
         _add_rms_norm_reference,
         rotate_qkv_reference,
-        packed_attention_reference,
+        _attention_reference,
         _glu_reference,
         partial(linear_logprob, reference=True),
         reference=True,

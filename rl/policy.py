@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..kernels.attention import padded_tokens
+from ..kernels.attention import KeptAttention, kept_attention
+from ..kernels.attention_dense import padded_tokens
 from ..kernels.block_checkpoint import checkpointed_block
 from ..kernels.offload import ActivationOffload, BlockInputs
 from ..kernels.ops import OPS, Ops
@@ -66,20 +67,24 @@ class _Block:
         weight = self.norms[f"{name}.weight"]
         return self.ops.add_rms_norm(x, residual, weight, self.spec.norm_eps, self.spec.one_plus_weight)
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def _attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, kept: KeptAttention | None = None
+    ) -> Tensor:
         spec, tokens = self.spec, x.shape[0]
         qkv = self.qkv_proj(x, self.ops.reference)
         q, k, v = self.ops.rotate_qkv(qkv, cos, sin, spec.heads, spec.kv_heads, self.qk_norm)
-        out = self.ops.packed_attention(q, k, v, layout, spec.attention_scale, self.layer.window)
+        out = self.ops.packed_attention(q, k, v, layout, spec.attention_scale, self.layer.window, kept=kept)
         return self.o_proj(out.reshape(tokens, spec.heads * spec.head_dim), self.ops.reference)
 
     def _mlp(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(x, self.ops.reference)
         return self.down_proj(self.ops.glu(gate_up, self.spec.activation, overwrite=True), self.ops.reference)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, kept: KeptAttention | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (tokens, hidden_size) -> the MLP's input and the residual it is added to, both of the same shape."""
-        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, layout)
+        attended = self._attention(self._norm(x, "input_layernorm"), cos, sin, layout, kept)
         if not self.spec.sandwich_norms:
             return self._add_norm(attended, x, "post_attention_layernorm")
         attended = self._norm(attended, "post_attention_layernorm")
@@ -224,7 +229,8 @@ class Policy(nn.Module):
             x = x * self._embedding_scale
         inputs: BlockInputs | None = None
         if self.offload is not None and self.gradient_checkpointing and torch.is_grad_enabled():
-            inputs = self.offload.begin(x, len(self._blocks))
+            left = () if self._ops.reference else kept_attention(x, self.spec.heads, self.spec.head_dim)
+            inputs = self.offload.begin(x, len(self._blocks), left)
         for index, block in enumerate(self._blocks):
             cos, sin = tables[block.layer.rope]
             if self.gradient_checkpointing:

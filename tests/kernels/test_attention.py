@@ -1,17 +1,17 @@
 """Packed attention against a softmax written out query by query and against finite differences, in double precision."""
 
+from typing import Any
+
 import pytest
 import torch
-from colora.kernels.attention import (
-    DENSE_FROM,
-    Segment,
-    attention_plan,
-    dense_attention,
-    dense_bucket,
-    packed_attention,
-    padded_tokens,
-)
+from colora.kernels import attention_dense
+from colora.kernels.attention import packed_attention, packed_attention_reference
+from colora.kernels.attention_dense import dense, dense_backward, dense_bucket, has_dense_kernel, padded_tokens
+from colora.kernels.attention_plan import DENSE_FROM, Segment, attention_plan
+from colora.kernels.row_layout import Entry
 from torch import Tensor
+
+from ..attention_on_cpu import play_kernels
 
 LENGTHS = (5, 1, 7)
 SCALE = 0.3
@@ -88,37 +88,50 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         packed_attention(*random_row(4, 3), LENGTHS, SCALE)
 
 
-def dense(*lengths: int) -> Segment:
+def of_cudnn(*lengths: int) -> Segment:
     return Segment(lengths, dense=True)
 
 
-def varlen(*lengths: int) -> Segment:
-    return Segment(lengths, dense=False)
+def varlen(*lengths: int, window: int | None = None) -> Segment:
+    return Segment(lengths, window=window)
 
 
 @pytest.mark.parametrize(
     ("lengths", "window", "plan"),
     [
-        ((32768,), None, [dense(32768)]),
-        ((2048,), None, [dense(2048)]),
+        ((32768,), None, [of_cudnn(32768)]),
+        ((2048,), None, [of_cudnn(2048)]),
         ((1536,), None, [varlen(1536)]),
         ((3,), None, [varlen(3)]),
-        ((8192,), 1024, [varlen(8192)]),
-        ((4096,) * 8, None, [dense(*(4096,) * 8)]),
-        ((1536, 1536), None, [dense(1536, 1536)]),
+        ((8192,), 1024, [varlen(8192, window=1024)]),
+        ((4096,) * 8, None, [of_cudnn(*(4096,) * 8)]),
+        ((1536, 1536), None, [of_cudnn(1536, 1536)]),
         ((1000, 1000), None, [varlen(1000, 1000)]),
         ((1900, 900, 300), None, [varlen(1900, 900, 300)]),
-        ((4096, 4096, 2048, 2047, 100), None, [dense(4096), dense(4096), dense(2048), varlen(2047, 100)]),
-        ((5000, 100, 300, 4096, 700), None, [dense(5000), varlen(100, 300), dense(4096), varlen(700)]),
-        ((5000, 100), 512, [varlen(5000, 100)]),
+        ((4096, 4096, 2048, 2047, 100), None, [of_cudnn(4096), of_cudnn(4096), of_cudnn(2048), varlen(2047, 100)]),
+        ((5000, 100, 300, 4096, 700), None, [of_cudnn(5000), varlen(100, 300), of_cudnn(4096), varlen(700)]),
+        ((5000, 100), 512, [varlen(5000, 100, window=512)]),
+        ((5000, 100), 5000, [of_cudnn(5000), varlen(100)]),
+        ((9, (3000, 70, 20)), None, [varlen(9), of_cudnn(3000), varlen(70, 20)]),
+        (((1000, 70), (500, 20, 2100)), None, [varlen(1000, 70, 500, 20), of_cudnn(2100)]),
+        (((1024, 1024, 1024),), None, [of_cudnn(1024, 1024, 1024)]),
+        (((90, 20), 9), 10, [varlen(90, window=10), Segment((20,), window=10, prompt=90), varlen(9)]),
+        (((8, 1), 20), 9, [varlen(8, 1, 20, window=9)]),
     ],
 )
-def test_plan(lengths: tuple[int, ...], window: int | None, plan: list[Segment]) -> None:
-    assert list(attention_plan(lengths, window)) == plan
+def test_plan(lengths: tuple[Entry, ...], window: int | None, plan: list[Segment]) -> None:
+    assert list(attention_plan(lengths, window).segments) == plan
 
 
 def test_plan_with_another_threshold() -> None:
-    assert list(attention_plan((1536, 1500, 90), dense_from=1500)) == [dense(1536), dense(1500), varlen(90)]
+    plan = attention_plan((1536, 1500, 90), dense_from=1500)
+    assert list(plan.segments) == [of_cudnn(1536), of_cudnn(1500), varlen(90)] and not plan.prompts
+
+
+def test_prompts_of_a_plan() -> None:
+    layout = (7, (5, 2, 1), (9, 4), 3)
+    assert attention_plan(layout).prompts == ((7, 12, 15), (15, 24, 28))
+    assert attention_plan(layout, window=8).prompts == ((7, 12, 15),)  # of the other one it would not see all
 
 
 def test_padded_tokens_are_few_and_their_own_padding() -> None:
@@ -141,23 +154,53 @@ def test_dense_calls_have_few_lengths_and_little_padding() -> None:
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(1, 128), (1, 1), (1, 150), (3, 45)])
-def test_padding_of_dense_calls_changes_nothing(sequences: int, length: int) -> None:
+def test_padding_of_dense_calls_changes_nothing(sequences: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_kernels(monkeypatch)
     row = [tensor.requires_grad_() for tensor in random_row(4, 2, tokens=sequences * length)]
     grad = torch.randn(row[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out = dense_attention(*row, sequences, SCALE)
-    expected = packed_attention(*row, (length,) * sequences, SCALE)
+    expected = packed_attention_reference(*row, (length,) * sequences, SCALE)
+    with torch.no_grad():
+        out, log_sum = dense(*row, sequences, SCALE)
+        gradients = dense_backward(grad, *row, out, log_sum, sequences, SCALE)
+    assert log_sum.shape == (4, sequences * length) and log_sum.isfinite().all() and log_sum.is_contiguous()
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
-    for ours, exact in zip(torch.autograd.grad(out, row, grad), torch.autograd.grad(expected, row, grad), strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+    for ours, exact in zip(gradients, torch.autograd.grad(expected, row, grad), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)  # log-sum-exp is fp32
 
 
-def test_dense_calls_keep_nan_in_its_sequence() -> None:
-    q, k, v = random_row(4, 2, tokens=90)
-    clean = dense_attention(q, k, v, 2, SCALE)
-    v[1] = torch.nan
-    out = dense_attention(q, k, v, 2, SCALE)
-    assert out[1:45].isnan().all()
-    assert torch.equal(out[45:], clean[45:])
+def test_cudnn_is_asked_for_a_backward_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes run without autograd, where torch would offer what has a forward kernel only."""
+
+    def asked(params: Any) -> bool:
+        assert torch.is_grad_enabled() and params.query.requires_grad
+        return True
+
+    monkeypatch.setattr(attention_dense, "can_use_cudnn_attention", asked)
+    row = [x.requires_grad_() for x in random_row(4, 2)]
+    with torch.no_grad():
+        assert has_dense_kernel(*row) and has_dense_kernel(*(x.detach() for x in row))
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 128), (1, 100), (2, 128), (3, 45)])
+def test_what_is_left_of_a_forward_pass_lies_the_same_way_always(
+    sequences: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's plans know q, k and v alone: another layout of the rest would be read wrongly."""
+    seen: list[list[tuple[int, ...]]] = []
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, *_: object, **__: object):
+        seen.append([x.stride() for x in (grad.transpose(1, 2), out.transpose(1, 2), log_sum)])
+        assert all(x.is_contiguous() for x in (grad.transpose(1, 2), out.transpose(1, 2), log_sum))
+        return q, k, v
+
+    monkeypatch.setattr(attention_dense, "_backward", backward)
+    q, k, v = random_row(4, 2, tokens=sequences * length)
+    log_sum = torch.zeros(4, sequences * length)
+    heads_first = q.transpose(0, 1).contiguous().transpose(0, 1)
+    for grad, out in ((q, q), (heads_first, heads_first), (q[:1].expand_as(q), q)):
+        dense_backward(grad, q, k, v, out, log_sum, sequences, SCALE)
+        dense_backward(grad, q, k, v, out, log_sum.T.contiguous().T, sequences, SCALE)
+    assert seen.count(seen[0]) == 6
 
 
 GPU_ROWS = {
@@ -220,6 +263,13 @@ def test_kernels_pass_nan_on_within_its_sequence(lengths: tuple[int, ...]) -> No
     out = packed_attention(q, k, v, lengths, SCALE)
     assert out[20 : lengths[0]].isnan().all()
     assert out[lengths[0] :].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_cudnn_has_the_kernels_that_it_is_chosen_for() -> None:
+    for heads, head_dim, dtype in HEADS.values():
+        q, k, v = (torch.empty(2048, n, head_dim, device="cuda", dtype=dtype) for n in (4, heads, heads))
+        assert has_dense_kernel(q, k, v) or head_dim > 128
 
 
 @pytest.mark.gpu

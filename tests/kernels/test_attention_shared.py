@@ -1,16 +1,18 @@
 """Continuations of one prompt: as if each were a sequence of its own behind a prompt of its own."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from colora.kernels import attention_shared
-from colora.kernels.attention import packed_attention, packed_attention_reference
-from colora.kernels.attention_shared import continued_attention, continued_attention_reference
+from colora.kernels import attention, attention_shared
+from colora.kernels.attention import KeptAttention, kept_attention, packed_attention, packed_attention_reference
 from colora.kernels.attention_varlen import sequence_starts
 from colora.kernels.row_layout import Layout, is_layout, positions, prolonged, row_tokens
 from torch import Tensor
+
+from ..attention_on_cpu import play_kernels
 
 SCALE = 0.4
 LAYOUTS: dict[str, list] = {
@@ -69,77 +71,81 @@ def test_equals_sequences_of_their_own(layout: Layout, window: int | None) -> No
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def cpu_flash(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`flash` by the CPU's operator, which has the same contract but takes one sequence at a time."""
-    parts = zip(q.split(lengths), k.split(keys), v.split(keys), strict=True)
-    outs = [_cpu(*part, causal, scale) for part in parts]
-    return torch.cat([out for out, _ in outs]), torch.cat([log_sum for _, log_sum in outs], 1)
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dense_from", [4, 100])
+def test_the_way_over_kernels(
+    layout: Layout, window: int | None, dense_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU, on the CPU's operators: parts of a softmax put together, gradients of a prompt added up."""
+    played, row = play_kernels(monkeypatch), random_row(layout)
+    true = with_gradients(lambda *x: apart(list(x), layout, window), row)
+    ours = with_gradients(packed_attention, row, layout, SCALE, window, dense_from)
+    assert played.forwards and played.backwards
+    for found, expected in zip(ours, true, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # log-sum-exp is fp32
 
 
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1)[None]
+@pytest.mark.parametrize("layout", [[(128, 100, 70), 4], [(300, 200)], [9, (129, 1, 130)], [(127, 200)], [(200, 3)]])
+def test_of_long_prompts_all_but_the_end_goes_to_cudnn(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_kernels(monkeypatch)
+    monkeypatch.setattr(attention_shared, "DENSE_PROMPT_FROM", 128)
+    row = random_row(layout)
+    true = with_gradients(lambda *x: apart(list(x), layout, None), row)
+    for found, expected in zip(with_gradients(packed_attention, row, layout, SCALE), true, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(_heads_first(x, q.shape[1]) for x in (q, k, v)), is_causal=causal, scale=scale
-    )
-    return out[0].transpose(0, 1), log_sum[0]
+def test_the_parts_of_a_row_are_freed_before_prompts_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put together is as large as they are."""
+    play_kernels(monkeypatch)
+    varlen, add_prompt, parts = attention.varlen, attention.add_prompt, []
+
+    def watched_varlen(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        out, log_sum = varlen(*arguments, **more)
+        parts.append(weakref.ref(out))
+        return out, log_sum
+
+    def watched_add_prompt(*arguments: Any) -> tuple[Tensor, Tensor]:
+        assert parts and not any(part() is not None for part in parts)
+        return add_prompt(*arguments)
+
+    monkeypatch.setattr(attention, "varlen", watched_varlen)
+    monkeypatch.setattr(attention, "add_prompt", watched_add_prompt)
+    layout = LAYOUTS["between_sequences"]
+    packed_attention(*random_row(layout), layout, SCALE, dense_from=4)
 
 
-def cpu_flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, grad: Tensor,
-    lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    found: list[list[Tensor]] = [[], [], []]
-    queries = zip(*(x.split(lengths) for x in (q, out, grad)), log_sum.split(lengths, 1), strict=True)
-    for (q_s, out_s, grad_s, log_s), k_s, v_s in zip(queries, k.split(keys), v.split(keys), strict=True):
-        expanded = [_heads_first(x, q.shape[1]) for x in (grad_s, q_s, k_s, v_s, out_s)]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *expanded, log_s[None], 0.0, causal, scale=scale
-        )
-        for place, grad_x, x in zip(found, grads, (q_s, k_s, v_s), strict=True):
-            place.append(grad_x[0].transpose(0, 1).unflatten(1, (x.shape[1], -1)).sum(2))
-    return tuple(torch.cat(parts) for parts in found)  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("lengths", [(3, 1, 4), (6,), (2, 2)])
-def test_the_parts_softmax_is_put_together(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU, on the CPU's operators in its place."""
-    monkeypatch.setattr(attention_shared, "flash", cpu_flash)
-    monkeypatch.setattr(attention_shared, "flash_backward", cpu_flash_backward)
-    row = random_row([5 + sum(lengths)])
-
-    def attend(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def of_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q[5:], (k[:5], v[:5]), (k[5:], v[5:]), lengths, SCALE)
-
-        return of_row
-
-    true = with_gradients(attend(continued_attention_reference), row)
-    for ours, expected in zip(with_gradients(attend(continued_attention), row), true, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # its parts meet in fp32
+def test_what_was_kept_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    played, layout = play_kernels(monkeypatch), LAYOUTS["between_sequences"]
+    row, kept = random_row(layout), KeptAttention()
+    expected = with_gradients(packed_attention, row, layout, SCALE)
+    with torch.no_grad():
+        out = packed_attention(*row, layout, SCALE, kept=kept)
+    assert torch.equal(out, expected[0])
+    forwards = played.forwards
+    ours = with_gradients(lambda *x: packed_attention(*x, layout, SCALE, kept=kept), row)
+    assert all(map(torch.equal, ours, expected)) and played.forwards == forwards
+    likes = kept_attention(torch.empty(row_tokens(layout), 3, dtype=torch.float64), *row[0].shape[1:])
+    for like, there in zip(likes, (kept.out, kept.log_sum), strict=True):
+        assert like.shape == there.shape and like.dtype == there.dtype
 
 
 def test_starts_of_a_row_with_many_prompts_outlast_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They go to the device once for a row, and not again with each layer."""
+    played = play_kernels(monkeypatch)
 
-    def flash(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def varlen(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
         for lengths in arguments[3:5]:
             sequence_starts(lengths, arguments[0].device)
-        return cpu_flash(*arguments)
+        return played.varlen(*arguments, **more)
 
-    monkeypatch.setattr(attention_shared, "flash", flash)
+    monkeypatch.setattr(attention, "varlen", varlen)
+    monkeypatch.setattr(attention_shared, "varlen", varlen)
     sequence_starts.cache_clear()
-    misses = []
+    layout, misses = [(105 + family, 1, family + 1) for family in range(64)], []
     for _layer in range(2):
-        for family in range(64):
-            prompt, lengths = 5 + family, (1, family + 1)
-            q, k, v = random_row([prompt + sum(lengths)])
-            own = (k[prompt:], v[prompt:])
-            continued_attention(q[prompt:], (k[:prompt], v[:prompt]), own, lengths, SCALE)
+        packed_attention(*random_row(layout), layout, SCALE)
         misses.append(sequence_starts.cache_info().misses)
     assert misses[0] == misses[1] > 128
 
@@ -159,7 +165,14 @@ def test_what_is_not_finite_stays_in_what_sees_it() -> None:
 @pytest.mark.parametrize("window", [None, 256])
 @pytest.mark.parametrize(
     "layout",
-    [[(512, 700, 300, 1000)], [(3000, 130, 1), 900, (40, 2500, 60)], [(9000, 2048, 1024)], [(300, 1, 1, 1), 20]],
+    [
+        [(512, 700, 300, 1000)],
+        [(3000, 130, 1), 900, (40, 2500, 60)],
+        [(9000, 2048, 1024)],
+        [(9000, 8192, 300)],
+        [(300, 1, 1, 1), 20],
+        [(5000, 1), 7],
+    ],
     ids=str,
 )
 def test_kernels_on_the_card(layout: Layout, window: int | None) -> None:
@@ -174,3 +187,18 @@ def test_kernels_on_the_card(layout: Layout, window: int | None) -> None:
     ):
         error, bound = ((x.float() - expected).norm() / expected.norm() for x in (ours, theirs))
         assert error < 2 * bound + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 256])
+@pytest.mark.parametrize("layout", [[4100], [2500, 2500], [(3000, 130, 1), 900, (40, 2500, 60)]], ids=str)
+def test_what_was_kept_is_enough_on_the_card(layout: Layout, window: int | None) -> None:
+    row, kept = random_row(layout, torch.bfloat16, "cuda", 128), KeptAttention()
+    expected = with_gradients(packed_attention, row, layout, SCALE, window)
+    with torch.no_grad():
+        packed_attention(*row, layout, SCALE, window, kept=kept)
+    assert kept.out is not None and kept.log_sum is not None
+    back = KeptAttention(kept.out.cpu().cuda(), kept.log_sum.cpu().cuda())  # in other memory
+    ours = with_gradients(lambda *x: packed_attention(*x, layout, SCALE, window, kept=back), row)
+    for found, whole in zip(ours, expected, strict=True):
+        assert (found - whole).float().norm() < 1e-3 * whole.float().norm()  # kernels add in any order

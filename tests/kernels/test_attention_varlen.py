@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from colora.kernels.attention import packed_attention
-from colora.kernels.attention_varlen import has_kernel, sequence_starts, varlen_attention
+from colora.kernels.attention_varlen import has_kernel, sequence_starts, varlen, varlen_backward
 
 CPU = torch.device("cpu")
 
@@ -23,13 +23,14 @@ def test_layers_share_the_starts_whatever_the_mode() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_operator_has_gradients_for_grouped_queries(window: int | None) -> None:
-    fused = torch.empty(13, 8, 64, device="meta", dtype=torch.bfloat16).requires_grad_()
+def test_the_operators_take_grouped_queries(window: int | None) -> None:
+    fused = torch.empty(13, 8, 64, device="meta", dtype=torch.bfloat16)
     q, k, v = fused.split((4, 2, 2), dim=1)
-    out = varlen_attention(q, k, v, (5, 1, 7), 0.3, window)
-    assert out.shape == q.shape and out.dtype == q.dtype
-    out.sum().backward()
-    assert fused.grad is not None and fused.grad.shape == fused.shape
+    lengths = (5, 1, 7)
+    out, log_sum = varlen(q, k, v, lengths, lengths, 0.3, window=window)
+    assert out.shape == q.shape and out.dtype == q.dtype and log_sum.dtype == torch.float32
+    gradients = varlen_backward(out, q, k, v, out, log_sum, lengths, lengths, 0.3, window=window)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_no_kernel_on_the_cpu() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from colora.kernels.attention import KeptAttention
 from colora.kernels.block_checkpoint import checkpointed_block
 from colora.kernels.offload import ActivationOffload
 from torch import Tensor
@@ -18,13 +19,19 @@ class Block:
         generator = torch.Generator().manual_seed(seed)
         self.mix = torch.randn(4, 4, generator=generator, dtype=torch.float64).requires_grad_(attention)
         self.up = torch.randn(4, 4, generator=generator, dtype=torch.float64).requires_grad_(mlp)
-        self.attended, self.rows, self.fail = 0, [], False
+        self.attended, self.from_kept, self.rows, self.fail = 0, 0, [], False
 
-    def attend(self, x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, factor: float, kept: KeptAttention | None = None) -> tuple[Tensor, Tensor]:
         self.attended += 1
         if self.fail:
             raise ArithmeticError("no")
-        residual = x + factor * (x.cumsum(0) @ self.mix).tanh()
+        mixed = x.cumsum(0) @ self.mix
+        if kept is not None and kept.out is not None:
+            self.from_kept += 1
+            mixed = mixed + (kept.out - mixed.detach())  # 0 where it is the block's own
+        elif kept is not None:
+            kept.out, kept.log_sum = mixed.detach().clone(), mixed.detach().T.float()
+        residual = x + factor * mixed.tanh()
         return residual.sin(), residual
 
     def feed_forward(self, normed: Tensor) -> Tensor:
@@ -46,8 +53,11 @@ def row(tokens: int = 7) -> Tensor:
     return torch.randn(tokens, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
-def run(blocks: list[Block], x: Tensor, tile: int, offload: ActivationOffload | None) -> Tensor:
-    inputs = None if offload is None else offload.begin(x, len(blocks))
+def run(
+    blocks: list[Block], x: Tensor, tile: int, offload: ActivationOffload | None, keep_attention: bool = False
+) -> Tensor:
+    more = (x, x.T.float()) if keep_attention else ()
+    inputs = None if offload is None else offload.begin(x, len(blocks), more)
     for index, block in enumerate(blocks):
         x = checkpointed_block(block, x, (0.5,), tile, inputs, index)
     return x
@@ -74,6 +84,19 @@ def test_gradients_equal_those_with_everything_kept(
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(out.square().sum(), leaves(blocks))
     torch.testing.assert_close(ours, gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 7])
+def test_what_attention_left_is_used_again(keep: int) -> None:
+    blocks, x = [Block(seed) for seed in range(3)], row()
+    expected = torch.autograd.grad(run(blocks, x, 3, None).square().sum(), leaves(blocks))
+    offload = ActivationOffload(torch.device("cpu"), keep)
+    out = run(blocks, x, 3, offload, keep_attention=True)
+    assert [block.from_kept for block in blocks] == [0, 0, 0]
+    ours = torch.autograd.grad(out.square().sum(), leaves(blocks))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert [block.from_kept for block in blocks] == [1, 1, 1]
+    assert offload.host_bytes == max(0, 3 - keep) * (2 * x.nbytes + x.nbytes // 2)
 
 
 def test_gradient_of_the_input() -> None:

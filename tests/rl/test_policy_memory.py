@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from colora import GRPOConfig, GRPOTrainer, load
+from colora.kernels import offload
 from colora.kernels.glu import GLU
 from colora.kernels.offload import ActivationOffload
 from colora.kernels.ops import OPS
@@ -22,6 +23,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import Qwen3Config
 
+from ..attention_on_cpu import play_kernels
 from ..models import SMALL, next_token_rows, random_lora, random_sequences, tiny_configs, tiny_llama, tiny_model
 from ..tiny_runs import tiny_checkpoint
 
@@ -46,6 +48,27 @@ def test_recomputed_in_tiles_and_from_the_host_every_family_is_the_same(family: 
         for ours, kept in zip(logprobs_and_gradients(policy, row), expected, strict=True):
             torch.testing.assert_close(ours, kept, rtol=0, atol=1e-5 * kept.abs().max().item() + 1e-6)
     assert policy.offload.host_bytes == (config.num_hidden_layers - 1) * sum(LENGTHS) * config.hidden_size * 4
+
+
+@pytest.mark.parametrize("family", tiny_configs())
+def test_attention_is_computed_once_where_there_is_room_for_what_it_leaves(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_configs()[family]
+    policy = load(tiny_model(config), random_lora(), seed=1)
+    tokens, _, rows, targets = next_token_rows(random_sequences(LENGTHS, config.vocab_size))
+    layout = (LENGTHS[0], (LENGTHS[1] + 6, 5, 3))
+    expected = logprobs_and_gradients(policy, (tokens, layout, rows, targets))
+    policy.gradient_checkpointing, policy.offload = True, ActivationOffload(policy.device, keep=1)
+    played = play_kernels(monkeypatch)
+    calls = {}
+    for room in (False, True):
+        monkeypatch.setattr(offload, "available_bytes", lambda room=room: 2**40 * room)
+        before = played.forwards, played.backwards
+        for ours, kept in zip(logprobs_and_gradients(policy, (tokens, layout, rows, targets)), expected, strict=True):
+            torch.testing.assert_close(ours, kept, rtol=0, atol=1e-5 * kept.abs().max().item() + 1e-6)
+        calls[room] = played.forwards - before[0], played.backwards - before[1]
+    assert calls[False] == (2 * calls[True][0], calls[True][1])
 
 
 def test_a_forward_that_is_scored_is_the_trained_one_to_the_bit() -> None:
