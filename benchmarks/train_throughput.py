@@ -20,6 +20,8 @@ from transformers import Qwen3Config
 LENGTHS = {"8k": 8192, "32k": 32768, "64k": 65536}
 SIDES = ("ours", "nf4", "transformers", "liger")
 BAR, NF4_BAR = 0.5, 0.85
+Lengths = dict[str, dict[str, float] | None]  # {length: {seconds, spread, peak_gib}}, None where it runs out of memory
+Results = dict[str, Lengths]  # of each side
 
 
 def flops(config: Qwen3Config, tokens: int) -> float:
@@ -32,8 +34,7 @@ def flops(config: Qwen3Config, tokens: int) -> float:
     return 6.0 * parameters * tokens + scores
 
 
-def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str, dict[str, float] | None]:
-    """{length: {seconds, spread, peak_gib}}, None where the memory does not suffice."""
+def measure(side: str, shape: str, lengths: list[str], repeats: int) -> Lengths:
     config = model_config(shape)
     if side in ("ours", "nf4"):
         from colora.kernels.offload import ActivationOffload
@@ -43,7 +44,7 @@ def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str
         step = policy_step(policy)
     else:
         step = transformers_step(config, side == "liger")
-    results: dict[str, dict[str, float] | None] = {}
+    results: Lengths = {}
     for name in lengths:
         tokens = torch.randint(0, config.vocab_size, (LENGTHS[name],), device="cuda")
         try:
@@ -58,7 +59,7 @@ def measure(side: str, shape: str, lengths: list[str], repeats: int) -> dict[str
     return results
 
 
-def in_a_process(side: str, arguments: argparse.Namespace) -> dict[str, dict[str, float] | None]:
+def in_a_process(side: str, arguments: argparse.Namespace) -> Lengths:
     options = ["--shape", arguments.shape, "--repeats", str(arguments.repeats), "--lengths", *arguments.lengths]
     return run_apart(side, __file__, "--side", side, *options)
 
@@ -76,43 +77,55 @@ def main() -> None:
         return
     if "ours" not in arguments.sides:
         options.error("--sides: `ours` has to be among them, the figures are ratios to it")
-    report, roof, config = Report("train_throughput", arguments), matmul_roof(), model_config(arguments.shape)
+    # Beside a file with all sides, and not instead of it.
+    name = "_".join(["train_throughput", *([] if set(arguments.sides) == set(SIDES) else arguments.sides)])
+    report, roof = Report(name, arguments, script="train_throughput"), matmul_roof()
     torch.cuda.empty_cache()
-    sides = {side: in_a_process(side, arguments) for side in arguments.sides}
+    sides: Results = {}
+    for side in sorted(arguments.sides, key=SIDES.index):
+        sides[side] = in_a_process(side, arguments)
+        add_figures(report, arguments, roof, sides)
+    print(report.write())
+
+
+def add_figures(report: Report, arguments: argparse.Namespace, roof: float, sides: Results) -> None:
+    """Those of the sides measured so far."""
+    config = model_config(arguments.shape)
     for name in arguments.lengths:
         found = {side: results[name] for side, results in sides.items()}
         speeds = {side: round(LENGTHS[name] / result["seconds"]) for side, result in found.items() if result}
         peaks = {side: round(result["peak_gib"], 2) for side, result in found.items() if result}
-        mine = found["ours"]
-        if mine is None:
+        shares = {
+            side: flops(config, LENGTHS[name]) / result["seconds"] / roof for side, result in found.items() if result
+        }
+        if "ours" not in shares:
             print(f"{name}: out of memory")
             continue
         report.add(
             f"train_roof_share.{arguments.shape}.{name}",
-            flops(config, LENGTHS[name]) / mine["seconds"] / roof,
+            shares["ours"],
             "share",
             "higher",
             bar=BAR,
             bar_is=f"{BAR:.0%} of the measured matrix-product roof",
+            peers={side: round(shares[side], 4) for side in ("transformers", "liger") if side in shares},
             roof_tflops=round(roof / 1e12),
             tok_s=speeds,
             peak_gib=peaks,
             repeats=arguments.repeats,
-            spread=round(mine["spread"], 3),
+            spread=round(found["ours"]["spread"], 3),
         )
-        nf4 = found.get("nf4")
-        if nf4 is not None:
+        if "nf4" in shares:
             report.add(
                 f"nf4.train_speed_over_bf16.{arguments.shape}.{name}",
-                mine["seconds"] / nf4["seconds"],
+                shares["nf4"] / shares["ours"],
                 "ratio",
                 "higher",
                 bar=NF4_BAR,
                 bar_is="tokens/s on the bf16 base, same run, are 1",
                 repeats=arguments.repeats,
-                spread=round(nf4["spread"], 3),
+                spread=round(found["nf4"]["spread"], 3),
             )
-    print(report.write())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Gradient checkpointing of a decoder block (Chen et al. 2016, arXiv 1604.06174), its MLP in tiles.
 
 A block's forward keeps its input, on the GPU or in host memory (`offload`), and where there is room what attention left
-(`KeptAttention`): as much memory again, for a sixth of the time on long rows. The backward pass computes the attention
-part again, with a graph, from what was kept of it; the MLP's gradients then come tile by tile (`tiled_mlp`) from what
-the attention part gives and the gradient of the block's output. The output itself is not computed again:
-out = residual + mlp(normed) hands its gradient to both summands whatever its value is.
+(`KeptAttention`): as much memory again, for a tenth of the time on a row of 32K tokens
+(offload.step_time_ratio.32k of benchmarks/train_memory.py). The backward pass computes the attention part again, with a
+graph, from what was kept of it; the MLP's gradients then come tile by tile (`tiled_mlp`) from what the attention part
+gives and the gradient of the block's output. The output itself is not computed again: out = residual + mlp(normed)
+hands its gradient to both summands whatever its value is.
 
 Unlike torch.utils.checkpoint with use_reentrant=False, no hooks pack and unpack every saved tensor; unlike with
 use_reentrant=True, the block's parameters are inputs of the function: torch.autograd.grad works, and an input that
