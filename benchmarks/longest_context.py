@@ -2,12 +2,14 @@
 
 One sequence, forward and backward, every token trained, against transformers + PEFT + gradient checkpointing patched by
 Liger. A ballast (card.py) holds the rest of the card, so memory really runs out there. Each side runs in a process of
-its own: `python benchmarks/longest_context.py`. The limit is foretold from two short sequences, as memory grows with
-the length in a straight line, and then narrowed down until a length that works and one that does not are STEP apart.
+its own: `python benchmarks/longest_context.py`. The limit is foretold from two short sequences, as if memory grew with
+the length in a straight line; from there the search goes up or down, further each time, until it has a length that
+works and one that does not, and halves what is between them until they are STEP apart.
 """
 
 import gc
 import json
+import sys
 import time
 
 import torch
@@ -36,7 +38,7 @@ def attempt(step: Step, tokens: int, vocabulary: int) -> tuple[float, float] | N
         found = None
     gc.collect()  # the frames of the failed step hold its tensors
     torch.cuda.empty_cache()
-    print(f"{tokens} tokens: {found}", flush=True)
+    print(f"{tokens} tokens: {found}", file=sys.stderr, flush=True)
     return found
 
 
@@ -51,16 +53,17 @@ def search(step: Step, vocabulary: int, most: int) -> dict[str, float]:
     slope = max((peaks[1] - peaks[0]) / (SHORT[1] - SHORT[0]), 1e-9)
     limit = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
     length = min(most, int(SHORT[1] + (limit - peaks[1]) / slope))
-    best, fails, longest = result, 0, SHORT[1]
+    best, fails, longest, stride = result, 0, SHORT[1], STEP
     while longest < most and (not fails or fails > STEP * longest):
         length = max(longest + UNIT, length // UNIT * UNIT)
         result = attempt(step, length, vocabulary)
         if result is None:
             fails = length
-            length = max(int(length / STEP), (longest + fails) // 2)
+            length = max(int(fails / stride), (longest + fails) // 2)
         else:
             best, longest = result, length
-            length = min(most, int(length * STEP)) if not fails else (longest + fails) // 2
+            length = min(most, int(length * stride)) if not fails else (longest + fails) // 2
+        stride = min(stride**2, 1.5)
     return {"tokens": longest, "seconds": round(best[0], 2), "peak_gib": round(best[1], 2), "fails": fails}
 
 
