@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention_dense import dense, dense_backward, has_dense_kernel
 from .attention_plan import DENSE_FROM, Plan, Segment, attention_plan
 from .attention_shared import add_prompt, add_prompt_backward, continued_reference, windowed, windowed_backward
-from .attention_varlen import has_kernel, varlen, varlen_backward
+from .attention_varlen import has_kernel, sequence_reference, varlen, varlen_backward
 from .row_layout import Layout, entry_tokens, is_layout, row_tokens
 
 
@@ -194,35 +193,13 @@ def packed_attention_reference(
     pieces, sizes = [], [entry_tokens(entry) for entry in layout]
     for q_s, k_s, v_s, entry in zip(q.split(sizes), k.split(sizes), v.split(sizes), layout, strict=True):
         if isinstance(entry, int):
-            pieces.append(_sequence_reference(q_s, k_s, v_s, scale, window))
+            pieces.append(sequence_reference(q_s, k_s, v_s, scale, window))
             continue
         prompt, *continuations = entry
         (q_p, q_c), (k_p, k_c), (v_p, v_c) = (x.split([prompt, sum(continuations)]) for x in (q_s, k_s, v_s))
-        pieces.append(_sequence_reference(q_p, k_p, v_p, scale, window))
+        pieces.append(sequence_reference(q_p, k_p, v_p, scale, window))
         pieces.append(continued_reference(q_c, (k_p, v_p), (k_c, v_c), continuations, scale, window))
     return torch.cat(pieces)
-
-
-def _sequence_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    length = q.shape[0]
-    mask = _window_mask(length, window, q.device) if window is not None and length > window else None
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(length, length) bool, True where query row may see key column."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> None:

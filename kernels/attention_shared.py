@@ -17,11 +17,10 @@ for each continuation. Error: that of `packed_attention`, and the roundings of t
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_dense import dense, dense_backward, dense_floor, has_dense_kernel
-from .attention_varlen import varlen, varlen_backward
+from .attention_varlen import sequence_reference, varlen, varlen_backward
 
 Pair = tuple[Tensor, Tensor]  # k and v, or their gradients; an output and its log-sum-exp
 # Tokens of prompt and continuations from which cuDNN attends to all but the last few tokens of the prompt: it is faster
@@ -140,18 +139,7 @@ def continued_reference(
     window: int | None = None,
 ) -> Tensor:
     """Attention of continuations in plain torch, each behind a prompt of its own."""
-    (k, v), first, pieces = prompt, prompt[0].shape[0], []
+    (k, v), pieces = prompt, []
     for q_c, k_c, v_c in zip(*(x.split(list(lengths)) for x in (q, *own)), strict=True):
-        end = first + q_c.shape[0]
-        distance = torch.arange(first, end, device=q.device)[:, None] - torch.arange(end, device=q.device)[None, :]
-        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        out = F.scaled_dot_product_attention(
-            q_c.transpose(0, 1)[None],
-            torch.cat((k, k_c)).transpose(0, 1)[None],
-            torch.cat((v, v_c)).transpose(0, 1)[None],
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        pieces.append(out[0].transpose(0, 1))
+        pieces.append(sequence_reference(q_c, torch.cat((k, k_c)), torch.cat((v, v_c)), scale, window))
     return torch.cat(pieces)

@@ -17,6 +17,7 @@ with the rescaled ones the backward operator's gradients are right.
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -81,6 +82,26 @@ def _window(window: int | None) -> dict[str, int | None]:
         "window_size_left": None if window is None else window - 1,
         "window_size_right": None if window is None else 0,
     }
+
+
+def sequence_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """`varlen` of one sequence, whose queries may be only its last tokens, in plain torch."""
+    queries, tokens = q.shape[0], k.shape[0]
+    mask = None
+    if queries < tokens or (window is not None and tokens > window):
+        distance = torch.arange(tokens - queries, tokens, device=q.device)[:, None]
+        distance = distance - torch.arange(tokens, device=q.device)[None, :]
+        mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
 
 
 @lru_cache(maxsize=1024)  # a row has up to four for each shared prompt
