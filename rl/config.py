@@ -197,9 +197,8 @@ class GRPOConfig(trl.GRPOConfig):
         metadata={
             "help": "Where the blocks' inputs wait for the backward pass with gradient_checkpointing: `true`: all but "
             "the last in page-locked host memory, copied beside the computation; `false`: on the GPU; `auto`: on the "
-            "GPU those that fit in half of its free memory, the rest in host memory. Unless it is `false`, where there "
-            "is room for as much again, attention's results wait there too, and are not computed twice. No result "
-            "changes."
+            "GPU those that fit in half of its free memory, the rest in host memory. Unless `false`, attention's "
+            "results wait there too where there is room for as much again, computed once. Changes no result."
         },
     )
     mlp_tile_tokens: int | None = field(
