@@ -13,7 +13,7 @@ NaN and infinities come out as NaN wherever they are seen, and stay in their seq
 the same tile by 0, so that there they also reach earlier tokens of the sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,18 @@ class KeptAttention:
     Attributes:
         out: (tokens, heads, head_dim), its result.
         log_sum: (heads, tokens) fp32, the logarithms of the sums of exponentials.
+        load: gives both where they are elsewhere, or nothing; called once, and only when they are needed.
     """
 
     out: Tensor | None = None
     log_sum: Tensor | None = None
+    load: Callable[[], Sequence[Tensor]] | None = None
+
+    def fill(self) -> None:
+        """With what `load` gives, if there is one."""
+        if self.load is not None:
+            self.out, self.log_sum = self.load() or (None, None)
+            self.load = None
 
 
 def kept_attention(x: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
@@ -72,7 +80,8 @@ def packed_attention(
         scale: factor on the scores.
         window: a token attends to itself and the window - 1 tokens before it; None for all.
         dense_from: see `attention_plan`.
-        kept: filled where kernels run; if it is already, that is the result, and only a backward pass is to come.
+        kept: filled where kernels run; if it is already, or `load` does it, that is the result, and only a backward
+            pass is to come.
 
     Returns:
         (tokens, heads, head_dim), the dtype of `q`.
@@ -85,6 +94,7 @@ def packed_attention(
         return packed_attention_reference(q, k, v, layout, scale, window)
     plan = attention_plan(tuple(layout), window, dense_from)
     kept = kept or KeptAttention()
+    kept.fill()
     if kept.out is None or kept.log_sum is None:
         with torch.no_grad():
             kept.out, kept.log_sum = _attend(q, k, v, plan, scale)

@@ -13,6 +13,7 @@ needs no gradient, such as the embeddings, is no special case.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ class Block(Protocol):
         """(normed, residual), both in memory of their own: `residual` is overwritten in forwards without a graph.
 
         The last of `context` may be a `KeptAttention` for its attention: filled the first time, and given again in the
-        backward pass.
+        backward pass, where it may have to be loaded (`KeptAttention.fill`): as late as possible.
         """
         ...
 
@@ -69,24 +70,25 @@ class _CheckpointedBlock(torch.autograd.Function):
         kept = KeptAttention() if inputs.keeps_more else None
         normed, residual = block.attend(x, *context, kept)
         if kept is not None and kept.out is not None and kept.log_sum is not None:
-            inputs.save(index, kept.out, kept.log_sum)  # copied while the MLP computes
+            inputs.save_rest(index, kept.out, kept.log_sum)  # copied while the MLP computes
         return tiled_add_(residual, normed, block.feed_forward, tile_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        block = ctx.block
+        block, inputs = ctx.block, ctx.inputs
         of_attention, of_mlp = block.attention_parameters(), block.feed_forward_parameters()
         if len(of_attention) + len(of_mlp) != ctx.parameters:
             raise RuntimeError(
                 f"block {ctx.index}: the adapter was switched on or off between the forward pass and its backward "
                 "pass, which computes the block again: call backward before `reference()` or `set_adapter`"
             )
-        x, *attention = ctx.saved_tensors if ctx.inputs is None else ctx.inputs.load(ctx.index)
+        x = ctx.saved_tensors[0] if inputs is None else inputs.load(ctx.index)
         x = x.detach().requires_grad_(ctx.needs_input_grad[0])
+        kept = None if inputs is None else KeptAttention(load=partial(inputs.load_rest, ctx.index))
         with torch.enable_grad():
-            normed, residual = block.attend(x, *ctx.context, KeptAttention(*attention))
-        del attention
+            normed, residual = block.attend(x, *ctx.context, kept)
+        del kept
         grad_normed, mlp_gradients = tiled_gradients(normed, grad_out, block.feed_forward, of_mlp, ctx.tile_tokens)
         wanted = [x, *of_attention] if x.requires_grad else [*of_attention]
         gradients: list[Tensor | None] = []
@@ -95,6 +97,8 @@ class _CheckpointedBlock(torch.autograd.Function):
             pairs = [(normed, grad_normed), (residual, grad_out)]
             outputs, grads = zip(*[pair for pair in pairs if pair[0].requires_grad], strict=True)
             gradients = list(torch.autograd.grad(outputs, wanted, grads))
+        if inputs is not None:  # not before: attention's backward, and the MLP's, are where memory is short
+            inputs.fetch_rest(ctx.index - 1)
         if not x.requires_grad:
             gradients.insert(0, None)
         return gradients[0], None, None, None, None, None, *gradients[1:], *mlp_gradients

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from colora.kernels.attention import KeptAttention
+from colora.kernels.attention import KeptAttention, kept_attention, packed_attention
 from colora.kernels.block_checkpoint import checkpointed_block
+from colora.kernels.host_memory import Copies
 from colora.kernels.offload import ActivationOffload
 from torch import Tensor
+
+from ..attention_on_cpu import play_kernels
 
 
 class Block:
@@ -26,6 +29,8 @@ class Block:
         if self.fail:
             raise ArithmeticError("no")
         mixed = x.cumsum(0) @ self.mix
+        if kept is not None:
+            kept.fill()
         if kept is not None and kept.out is not None:
             self.from_kept += 1
             mixed = mixed + (kept.out - mixed.detach())  # 0 where it is the block's own
@@ -97,6 +102,100 @@ def test_what_attention_left_is_used_again(keep: int) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     assert [block.from_kept for block in blocks] == [1, 1, 1]
     assert offload.host_bytes == max(0, 3 - keep) * (2 * x.nbytes + x.nbytes // 2)
+
+
+HEADS = 4
+
+
+class AttentionBlock(Block):
+    """With softmax attention in its first half, of `HEADS` heads."""
+
+    def __init__(self, seed: int, x: Tensor, events: list[str]):
+        super().__init__(seed)
+        generator, width = torch.Generator().manual_seed(seed), x.shape[1]
+        self.mix = (torch.randn(width, 3 * width, generator=generator) / width**0.5).to(x).requires_grad_()
+        self.up = (torch.randn(width, width, generator=generator) / width**0.5).to(x).requires_grad_()
+        self.events = events
+
+    def attend(self, x: Tensor, factor: float, kept: KeptAttention | None = None) -> tuple[Tensor, Tensor]:
+        self.events.append("projections")
+        q, k, v = (x @ self.mix).unflatten(1, (3, HEADS, -1)).unbind(1)
+        residual = x + factor * packed_attention(q, k, v, [len(x)], 0.3, kept=kept).flatten(1)
+        return residual.sin(), residual
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        self.events.append("mlp")
+        return super().feed_forward(normed)
+
+
+class RecordedCopies(Copies):
+    def __init__(self, names: dict[torch.Size, str], events: list[str]):
+        super().__init__(torch.device("cpu"))
+        self.names, self.events = names, events
+
+    def start(self, target: Tensor, source: Tensor, compute: None) -> None:
+        super().start(target, source, compute)
+        self.events.append(self.names[target.shape])
+
+
+def run_attention(blocks: list[AttentionBlock], x: Tensor, offload: ActivationOffload | None) -> Tensor:
+    likes = kept_attention(x, HEADS, x.shape[1] // HEADS)
+    inputs = None if offload is None else offload.begin(x, len(blocks), likes)
+    for index, block in enumerate(blocks):
+        x = checkpointed_block(block, x, (0.5,), 8192, inputs, index)
+    return x
+
+
+def test_what_attention_left_comes_back_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    played, events = play_kernels(monkeypatch), []
+    x = torch.randn(7, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    blocks = [AttentionBlock(seed, x, events) for seed in range(3)]
+    expected = torch.autograd.grad(run_attention(blocks, x, None).square().sum(), leaves(blocks))
+    offload = ActivationOffload(torch.device("cpu"), keep=1)
+    shapes = [x.shape, *(like.shape for like in kept_attention(x, HEADS, 2))]
+    offload.copies = RecordedCopies(dict(zip(shapes, ("input", "out", "log_sum"), strict=True)), events)
+    out = run_attention(blocks, x, offload)
+    events.clear()
+    before = played.forwards, played.backwards
+    ours = torch.autograd.grad(out.square().sum(), leaves(blocks))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert (played.forwards, played.backwards) == (before[0], before[1] + 3)
+    # While a block is differentiated there is the next one's input, and nothing else of it.
+    last, middle, first = ["input", "projections", "mlp"], ["input", "projections", "mlp"], ["projections", "mlp"]
+    assert events == [*last, "out", "log_sum", *middle, "out", "log_sum", *first]
+    assert offload.host_bytes == 2 * (2 * x.nbytes + HEADS * 7 * 4)
+
+
+def test_what_attention_left_is_loaded_once() -> None:
+    there = [torch.zeros(1), torch.ones(1)]
+    kept = KeptAttention(load=lambda: [there.pop(0), there.pop(0)])
+    for _ in range(2):
+        kept.fill()
+        assert kept.out is not None and kept.log_sum is not None and (kept.out.item(), kept.log_sum.item()) == (0, 1)
+    nothing = KeptAttention(load=list)
+    nothing.fill()
+    assert nothing == KeptAttention()
+
+
+@pytest.mark.gpu
+def test_of_what_waits_two_inputs_are_on_the_gpu_at_the_peak() -> None:
+    """The block's own and the next one's. Besides them a pass needs what one does that keeps all inputs on the GPU,
+    whose first is not counted, as it is there before."""
+    layers, device = 8, torch.device("cuda")
+    x = torch.randn(32768, 512, dtype=torch.bfloat16, device=device)
+    blocks, offload = [AttentionBlock(seed, x, []) for seed in range(layers)], ActivationOffload(device, keep=1)
+
+    def peak(offload: ActivationOffload | None) -> int:
+        for _ in range(2):  # the first time makes the parameters' gradients and what libraries keep
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run_attention(blocks, x, offload).square().sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    saved = peak(None) - peak(offload)
+    assert offload.host_bytes == (layers - 1) * (2 * x.nbytes + HEADS * len(x) * 4)  # attention's results as well
+    assert layers - 1 - saved / x.nbytes < 2.5
 
 
 def test_gradient_of_the_input() -> None:

@@ -27,7 +27,7 @@ def save_all(offload: ActivationOffload, saved: list[Tensor]) -> BlockInputs:
 
 
 def load_all(block_inputs: BlockInputs) -> list[Tensor]:
-    return [x for index in reversed(range(BLOCKS)) for x in block_inputs.load(index)][::-1]
+    return [block_inputs.load(index) for index in reversed(range(BLOCKS))][::-1]
 
 
 @pytest.mark.parametrize("keep", [1, 2, BLOCKS, 100])
@@ -94,12 +94,13 @@ def test_blocks_that_saved_nothing_are_passed_over() -> None:
     block_inputs = offload.begin(saved[0], BLOCKS)
     for index in (1, 2, 4):
         block_inputs.save(index, saved[index])
-    assert all(torch.equal(*block_inputs.load(index), saved[index]) for index in (4, 2, 1))
+    assert all(torch.equal(block_inputs.load(index), saved[index]) for index in (4, 2, 1))
     assert offload.host_bytes > 0
 
 
+@pytest.mark.parametrize("fetched", [True, False])
 @pytest.mark.parametrize("keep", [1, 3, BLOCKS])
-def test_more_of_a_block_comes_back_with_its_input(keep: int) -> None:
+def test_more_of_a_block_comes_back_after_its_input(keep: int, fetched: bool) -> None:
     offload, xs = ActivationOffload(CPU, keep), inputs(0, dtype=torch.bfloat16)
     outs, sums = inputs(1, tokens=3, dtype=torch.bfloat16), inputs(2, tokens=1, dtype=torch.float64)
     block_inputs = offload.begin(xs[0], BLOCKS, (outs[0], sums[0]))
@@ -107,12 +108,31 @@ def test_more_of_a_block_comes_back_with_its_input(keep: int) -> None:
     for index, tensors in enumerate(zip(xs, outs, sums, strict=True)):
         block_inputs.save(index, tensors[0])
         if index != 4:  # as where no kernel left anything
-            block_inputs.save(index, *tensors[1:])
+            block_inputs.save_rest(index, *tensors[1:])
     for index in reversed(range(BLOCKS)):
-        loaded = block_inputs.load(index)
+        assert offload.host_bytes == 0  # in use
+        loaded = [block_inputs.load(index), *block_inputs.load_rest(index)]
         expected = [xs[index], outs[index], sums[index]][: 1 if index == 4 else 3]
         assert len(loaded) == len(expected) and all(map(torch.equal, loaded, expected))
+        assert not block_inputs.load_rest(index)
+        if fetched:
+            block_inputs.fetch_rest(index - 1)
     assert offload.host_bytes == (BLOCKS - keep) * (40 + 24 + 32)
+
+
+def test_a_pass_that_is_dropped_while_more_is_coming() -> None:
+    offload, xs = ActivationOffload(CPU, keep=1), inputs(0)
+    for stop in range(BLOCKS):
+        block_inputs = offload.begin(xs[0], BLOCKS, (xs[0],))
+        for index, x in enumerate(xs):
+            block_inputs.save(index, x)
+            block_inputs.save_rest(index, x + 1)
+        for index in range(BLOCKS - 1, stop, -1):
+            assert torch.equal(block_inputs.load(index), xs[index])
+            assert torch.equal(block_inputs.load_rest(index)[0], xs[index] + 1)
+            block_inputs.fetch_rest(index - 1)
+        del block_inputs
+        assert offload.host_bytes == (BLOCKS - 1) * 160
 
 
 def test_nothing_waits_between_what_is_saved_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +144,7 @@ def test_nothing_waits_between_what_is_saved_of_a_block(monkeypatch: pytest.Monk
     for index in range(3):
         block_inputs.save(index, x)
         assert len(waits) == 2 * index
-        block_inputs.save(index, x)
+        block_inputs.save_rest(index, x)
         assert len(waits) == 2 * index
 
 
@@ -195,6 +215,9 @@ def test_another_shape_than_announced_is_refused() -> None:
         ValueError, match=r"the input of block 3 is \(6, 4\) torch.float32, the pass was begun with \(5"
     ):
         block_inputs.save(3, torch.empty(6, 4))
+    block_inputs = ActivationOffload(CPU, keep=1).begin(torch.empty(5, 4), BLOCKS, (torch.empty(5),))
+    with pytest.raises(ValueError, match=r"the rest of block 3 is \(5,\) torch.float64"):
+        block_inputs.save_rest(3, torch.empty(5, dtype=torch.float64))
 
 
 def test_the_last_input_always_stays() -> None:
@@ -234,16 +257,20 @@ def test_no_copy_is_overtaken(keep: int) -> None:
             sums.append(x.double().sum())
             block_inputs.save(index, x)
             if index != 4:
-                block_inputs.save(index, x + 1, x[:, :1].float())
+                block_inputs.save_rest(index, x + 1, x[:, :1].float())
             x = chain(x, weight)
             torch.full_like(x, torch.nan)  # gets memory that was freed, if any was
         for index in reversed(range(0 if repeat % 3 else BLOCKS // 2, BLOCKS)):
-            loaded, *more = block_inputs.load(index)
-            chain(loaded, weight)
+            loaded = block_inputs.load(index)
             wrong += (loaded.double().sum() != sums[index]).float()
             if index != 4:
+                more = block_inputs.load_rest(index)
                 wrong += (more[0] != loaded + 1).any() + (more[1] != loaded[:, :1]).any()
-            del loaded, more
+                del more
+            chain(loaded, weight)
+            torch.full_like(x, torch.nan)  # gets the rest's memory, which is free again ...
+            block_inputs.fetch_rest(index - 1)  # ... and then is that of the next block's
+            del loaded
             torch.full_like(x, torch.nan)
         del block_inputs
     assert wrong.item() == 0.0
@@ -264,10 +291,34 @@ def test_inputs_on_the_gpu_are_two_at_most() -> None:
     assert torch.cuda.memory_allocated() - before <= 2 * one
     torch.cuda.reset_peak_memory_stats()
     for index in reversed(range(24)):
-        (loaded,) = block_inputs.load(index)
+        loaded = block_inputs.load(index)
         assert torch.cuda.memory_allocated() - before <= 2 * one
         del loaded
     assert torch.cuda.max_memory_allocated() - before <= 2 * one
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_more_than_the_input_is_on_the_gpu_for_one_block_at_most() -> None:
+    offload, blocks = ActivationOffload(GPU, keep=1), 24
+    x = torch.randn(4096, WIDTH, device="cuda", dtype=torch.bfloat16)
+    one, before = x.nbytes, torch.cuda.memory_allocated() - x.nbytes
+    block_inputs = offload.begin(x, blocks, (x,))
+    for index in range(blocks):
+        block_inputs.save(index, x)
+        x = x + 1
+        block_inputs.save_rest(index, x)
+    del x
+    torch.cuda.reset_peak_memory_stats()
+    for index in reversed(range(blocks)):
+        loaded = block_inputs.load(index)
+        (rest,) = block_inputs.load_rest(index)
+        assert torch.cuda.memory_allocated() - before <= 3 * one
+        del rest  # as after attention's backward pass
+        assert torch.cuda.memory_allocated() - before <= 2 * one
+        block_inputs.fetch_rest(index - 1)
+        del loaded
+    assert torch.cuda.max_memory_allocated() - before <= 3 * one
     assert torch.cuda.memory_allocated() == before
 
 
