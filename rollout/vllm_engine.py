@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..kernels.decode_attention import buffer_bytes
 from ..weightshare.base_format import BaseFormat, base_format
 from ..weightshare.bnb_checkpoint import nf4_projections
 from ..weightshare.guard import SLOT_A, SLOT_B, check_storage
@@ -31,7 +32,7 @@ from .admission import check_requests
 from .engine import RolloutRequest
 from .lifecycle import Lifecycle
 from .trajectory import Segment, Trajectory
-from .vllm_options import TEMPERATURES, check_engine_kwargs
+from .vllm_options import TEMPERATURES, check_engine_kwargs, shared_prompt_shape
 from .vllm_process import collector_frozen, interrupts_held, vllm_starting
 
 # vLLM itself is imported where it is started: importing it changes the process, which `vllm_starting` undoes.
@@ -150,6 +151,10 @@ class VLLMEngine(Lifecycle):
             options |= {"enforce_eager": True, "enable_chunked_prefill": False}  # see vllm_options
         elif "enforce_eager" not in given:
             options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
+        capability = torch.cuda.get_device_capability(self._device) if kind == "cuda" else None
+        self._shared_prompts = shared_prompt_shape(self.config, dtype, capability, self.max_context, given)
+        if self._shared_prompts is not None:
+            options["attention_config"] = _read_shared_prompts_once()
         options |= given
         whole = 0 if options.get("enable_chunked_prefill", True) else self.max_context
         options.setdefault("max_num_batched_tokens", max(PREFILL_TOKENS[kind], options["max_num_seqs"], whole))
@@ -189,7 +194,7 @@ class VLLMEngine(Lifecycle):
                 check_kv_cache_bytes(layout, self.kv_cache_bytes, self.max_context, prefill)
             return
         masters = sum(parameter.numel() for parameter in session.adapter.parameters()) if session.adapter else 0
-        later = (self.config, dtype, prefill, sequences, masters, self._state_bytes)
+        later = (self.config, dtype, prefill, sequences, masters, self._state_bytes, self._attention_bytes(sequences))
         reserve = reserve_bytes(*later) if self._device.type == "cuda" else 0
         self.kv_cache_bytes = kv_cache_bytes(
             layout,
@@ -201,6 +206,13 @@ class VLLMEngine(Lifecycle):
             saved_by_nf4=nf4_saves(session.weights.layout, dtype, self._base),
         )
         cache.kv_cache_memory_bytes = self.kv_cache_bytes
+
+    def _attention_bytes(self, max_sequences: int) -> int:
+        """Buffers of `vllm_attention`, which vLLM does not know of."""
+        if self._shared_prompts is None:
+            return 0
+        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return buffer_bytes(self._shared_prompts, max_sequences, processors)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every parameter of vLLM's model and every slot, by module name: what `guard.check_storage` compares."""
@@ -403,6 +415,14 @@ def _usable(device: torch.device, engine_kwargs: Mapping[str, Any]) -> dict[str,
 
     _check_platform(device)
     return check_engine_kwargs(engine_kwargs, vllm.EngineArgs, device.type)
+
+
+def _read_shared_prompts_once() -> dict[str, Any]:
+    """vLLM's option for the attention of `vllm_attention`, in the layers that attend to everything."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__package__}.vllm_attention.SharedPromptBackend")
+    return {"backend_per_kind": {"full_attention": "CUSTOM"}}
 
 
 def _start(options: dict[str, Any]) -> "LLMEngine":

@@ -1,9 +1,16 @@
-"""What of `engine_kwargs` may be passed on to vLLM, and what would contradict the sharing of weights."""
+"""What of `engine_kwargs` may be passed on to vLLM, what would contradict the sharing of weights, and which attention
+decode steps have."""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..kernels.decode_attention import DecodeShape
+from ..weightshare.memory import KVLayout
 
 TEMPERATURES = (0.01, 2.0)  # vLLM would raise lower ones to 0.01 without a word
 
@@ -54,6 +61,9 @@ CONFLICTS = {
 }
 LOAD_FORMATS = ("auto", "safetensors")
 _PIECES = ("enable_chunked_prefill", "long_prefill_token_threshold")  # read a prompt in several forwards
+ATTENTION_OPTIONS = ("attention_backend", "attention_config", "compilation_config", "kv_cache_dtype")
+LONG_CONTEXT = 8192  # tokens from which on reading a shared prompt once is worth a plan a step
+BLOCK_SIZE = 16  # tokens of vLLM's KV blocks on a GPU
 # Whole numbers that the engine's memory is computed from: they may be left out, but not be None or text.
 _COUNTS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
 
@@ -100,6 +110,34 @@ def check_engine_kwargs(kwargs: Mapping[str, Any], arguments: type, device: str)
             f"safetensors ({' or '.join(LOAD_FORMATS)})"
         )
     return checked
+
+
+def shared_prompt_shape(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    max_context: int,
+    given: Mapping[str, Any],
+) -> DecodeShape | None:
+    """The shape that decode steps read shared prompts once in (`vllm_attention`); None: vLLM chooses the attention.
+
+    Args:
+        config: the model's; it needs layers that attend to everything.
+        dtype: of the model and the KV cache.
+        capability: the GPU's, of which 10 is not tried; None on a CPU.
+        max_context: tokens of a sequence; with few, attention is a small part of a step.
+        given: the user's options in vLLM's names; those that say how attention is computed stand.
+    """
+    if capability is None or capability[0] < 8 or capability[0] == 10:
+        return None
+    if max_context < LONG_CONTEXT or any(name in given for name in ATTENTION_OPTIONS):
+        return None
+    if None not in KVLayout.of(config, dtype.itemsize, BLOCK_SIZE).windows:
+        return None
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = DecodeShape(heads, config.num_key_value_heads, head_dim, BLOCK_SIZE, dtype)
+    return shape if shape.supported else None
 
 
 def _count(name: str, value: Any) -> int:

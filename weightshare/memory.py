@@ -89,6 +89,7 @@ def reserve_bytes(
     max_sequences: int,
     adapter_numel: int,
     state_bytes: int = ADAM_STATE_BYTES,
+    attention_bytes: int = 0,
 ) -> int:
     """Bytes that are allocated after the weights: activations of a prefill, logits, graphs, the optimizer's state.
 
@@ -97,11 +98,13 @@ def reserve_bytes(
         max_sequences: rows of the largest batch of logits.
         adapter_numel: elements of the adapter's masters, which are there already.
         state_bytes: what the optimizer keeps of each, from its first step on.
+        attention_bytes: buffers of the attention of decode steps, beyond the workspace that is counted in any case.
     """
     widest = 4 * config.hidden_size + 3 * config.intermediate_size  # residual, norm, qkv; gate, up and their product
     activations = prefill_tokens * widest * dtype.itemsize
     logits = max_sequences * config.vocab_size * 4 * LOGIT_COPIES
-    return activations + logits + GRAPH_BYTES + adapter_numel * (GRADIENT_BYTES + state_bytes)
+    optimizer = adapter_numel * (GRADIENT_BYTES + state_bytes)
+    return activations + logits + GRAPH_BYTES + attention_bytes + optimizer
 
 
 def free_bytes(device: torch.device) -> int:

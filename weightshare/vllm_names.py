@@ -34,13 +34,16 @@ class VLLMName:
     device: str | None = None
 
 
-_LAYERS = "vllm.model_executor.layers"
+_LAYERS, _BACKENDS = "vllm.model_executor.layers", "vllm.v1.attention.backends"
+_ATTENTION = "attention of decode steps that reads shared prompts once"
 NAMES = (
     VLLMName(
         "vllm.engine.arg_utils",
         "EngineArgs",
         (
             "additional_config",
+            "attention_backend",
+            "attention_config",
             "async_scheduling",
             "compilation_config",
             "config_format",
@@ -133,6 +136,57 @@ NAMES = (
         "only the KV cache lies in the memory that sleeps",
         device="cuda",
     ),
+    VLLMName("vllm.config", "AttentionConfig", ("backend_per_kind",), _ATTENTION, device="cuda"),
+    VLLMName("vllm.config", "get_layers_from_vllm_config", ("layer_type", "layer_names"), _ATTENTION, device="cuda"),
+    VLLMName(f"{_BACKENDS}.registry", "AttentionBackendEnum", ("CUSTOM",), _ATTENTION, device="cuda"),
+    VLLMName(f"{_BACKENDS}.registry", "register_backend", ("class_path",), _ATTENTION, device="cuda"),
+    VLLMName(
+        f"{_BACKENDS}.flash_attn",
+        "FlashAttentionBackend",
+        ("get_name", "get_impl_cls", "get_builder_cls"),
+        _ATTENTION,
+        device="cuda",
+    ),
+    VLLMName(
+        f"{_BACKENDS}.flash_attn",
+        "FlashAttentionMetadata",
+        ("num_actual_tokens", "block_table", "seq_lens"),
+        _ATTENTION,
+        device="cuda",
+    ),
+    VLLMName(
+        f"{_BACKENDS}.flash_attn",
+        "FlashAttentionMetadataBuilder",
+        ("build", "supports_update_block_table", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+        _ATTENTION,
+        device="cuda",
+    ),
+    VLLMName(
+        f"{_BACKENDS}.flash_attn",
+        "FlashAttentionImpl",
+        (
+            *("forward", "num_heads", "scale", "alibi_slopes", "sliding_window", "kv_cache_dtype", "logits_soft_cap"),
+            *("attn_type", "kv_sharing_target_layer_name", "sinks"),
+        ),
+        _ATTENTION,
+        device="cuda",
+    ),
+    VLLMName(
+        "vllm.v1.attention.backend",
+        "CommonAttentionMetadata",
+        ("max_query_len", "num_reqs", "num_actual_tokens"),
+        _ATTENTION,
+        device="cuda",
+    ),
+    VLLMName("vllm.v1.attention.backend", "AttentionType", ("DECODER",), _ATTENTION, device="cuda"),
+    VLLMName(
+        "vllm.v1.kv_cache_interface",
+        "AttentionSpec",
+        ("num_kv_heads", "head_size", "block_size", "dtype"),
+        _ATTENTION,
+        device="cuda",
+    ),
+    VLLMName(f"{_LAYERS}.attention", "Attention", ("get_attn_backend",), _ATTENTION, device="cuda"),
     VLLMName(
         "vllm.v1.attention.backends.cpu_attn",
         "CPUAttentionBackend",

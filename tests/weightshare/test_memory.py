@@ -84,6 +84,7 @@ def test_reserve_grows_with_what_is_allocated_later() -> None:
     assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 256, 10**6) == base + 12 * 10**6
     assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 256, 10**6, 3) == base + 7 * 10**6
     assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 512, 0) - base == 256 * 151936 * 16
+    assert reserve_bytes(QWEN3_4B, torch.bfloat16, 8192, 256, 0, attention_bytes=12345) == base + 12345
     assert reserve_bytes(QWEN3_4B, torch.float32, 16384, 256, 0) > base
 
 
