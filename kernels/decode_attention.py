@@ -35,7 +35,7 @@ class Launch:
 
     Attributes:
         programs: a processor, about: two run at once, more of them come out more even.
-        tile: keys at once, for heads of 128 elements: twice as wide heads take half as many.
+        tile: keys at once, for heads of 128 elements.
         warps, stages: of Triton.
     """
 
@@ -80,6 +80,11 @@ def capacities(shape: DecodeShape, max_sequences: int, programs: int) -> tuple[i
     return target, target + 2 * max_sequences, target * ROWS + 2 * max_sequences * shape.group
 
 
+def tiles(head_dim: int, launch: Launch = Launch()) -> tuple[int, int]:
+    """Keys at once and stages: both fewer for wide heads, as smaller GPUs have 99 KB of shared memory for them."""
+    return (launch.tile // 2, 2) if head_dim > 128 else (launch.tile, launch.stages)
+
+
 def buffer_bytes(shape: DecodeShape, max_sequences: int, processors: int) -> int:
     """Bytes of a `DecodeAttention` on a GPU of so many processors."""
     _, items, rows = capacities(shape, max_sequences, processors * Launch.programs)
@@ -105,15 +110,14 @@ class DecodeAttention:
 
     def __init__(self, shape: DecodeShape, max_sequences: int, device: torch.device, launch: Launch = Launch()):
         from . import decode_attention_triton as kernels  # needs Triton
-        from .few_rows_adapter import starts_ahead
 
         if not shape.supported:
             raise ValueError(f"DecodeAttention: there are no kernels for {shape}")
         self.shape, self.max_sequences = shape, max_sequences
         on_gpu = device.type == "cuda"
-        self._ahead = starts_ahead(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
-        self._launch, self._tile = launch, launch.tile * 128 // max(128, shape.head_dim)
+        self._tile, self._stages = tiles(shape.head_dim, launch)
+        self._warps = launch.warps
         self._target, self._capacity, rows = capacities(shape, max_sequences, processors * launch.programs)
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self._common = zeros(max_sequences, max_sequences)
@@ -140,21 +144,21 @@ class DecodeAttention:
         count, shape = seq_lens.shape[0], self.shape
         if count > self.max_sequences:
             raise ValueError(f"DecodeAttention: {count} sequences, but it was made for {self.max_sequences}")
-        wide = 1 << (self.max_sequences - 1).bit_length()
+        lanes = 1 << (self.max_sequences - 1).bit_length()
         table_stride = block_table.stride(0)
         kernels.find_common[(count, count)](
             block_table, seq_lens, self._common, count, table_stride, BLOCK_SIZE=shape.block_size, AT_ONCE=1024
         )
         least = -(-LEAST_SHARED // shape.block_size)
-        kernels.find_leaders[(count,)](self._common, self._leaders, self._most, count, LEAST=least, SEQUENCES=wide)
+        kernels.find_leaders[(count,)](self._common, self._leaders, self._most, count, LEAST=least, SEQUENCES=lanes)
         kernels.find_groups[(count,)](
             self._common, self._leaders, self._most, self._sequences, self._members, count,
-            CAPACITY=self.max_sequences, BLOCK_SIZE=shape.block_size, SEQUENCES=wide,
+            CAPACITY=self.max_sequences, BLOCK_SIZE=shape.block_size, SEQUENCES=lanes,
         )  # fmt: skip
         kernels.plan_items[(2 * count,)](
             seq_lens, self._sequences, self._members, self._items, self._merges, self._item_count, count, self._target,
             CAPACITY=self.max_sequences, ITEMS=self._capacity, HEADS=shape.group, TOGETHER=ROWS // shape.group,
-            TILE=self._tile, LEAST_TILES=LEAST_TOKENS // self._tile, SEQUENCES=wide, AT_ONCE=32,
+            TILE=self._tile, LEAST_TILES=LEAST_TOKENS // self._tile, SEQUENCES=lanes, AT_ONCE=32,
         )  # fmt: skip
 
     def attend(self, q: Tensor, kv_cache: Tensor, block_table: Tensor, out: Tensor, scale: float) -> None:
@@ -176,13 +180,12 @@ class DecodeAttention:
             scale * LOG2_E, q.stride(0), q.stride(1), kv_cache.stride(0), kv_cache.stride(2),
             kv_cache.stride(1), block_table.stride(0),
             ITEMS=self._capacity, HEADS=shape.group, HEAD_DIM=shape.head_dim, BLOCK_SIZE=shape.block_size,
-            ROWS=ROWS, TILE=self._tile, AHEAD=self._ahead,
-            num_warps=self._launch.warps, num_stages=self._launch.stages,
+            ROWS=ROWS, TILE=self._tile, num_warps=self._warps, num_stages=self._stages,
         )  # fmt: skip
         kernels.merge[(count, shape.heads)](
             self._partial, self._log_sums, self._merges, out, out.stride(0), out.stride(1),
             CAPACITY=self.max_sequences, HEADS=shape.group, HEAD_DIM=shape.head_dim, AT_ONCE=32,
-            AHEAD=self._ahead, num_warps=4, launch_pdl=self._ahead,
+            num_warps=4,
         )  # fmt: skip
 
 

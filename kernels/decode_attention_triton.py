@@ -10,14 +10,10 @@ Per item (rows of `items`): place of its first member and the sequence that is, 
 head), first and last token + 1, and its first row among the partial results. Per sequence, for `merge`: first row and
 how many partial results it has of shared items, by how much the next one's row is larger, and first row and number of
 those of its own.
-
-Where the GPU can start a kernel before the one ahead of it has ended (AHEAD, Hopper's programmatic dependent launch),
-`merge` is there when the last items are done, and has read what `plan_items` wrote.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Rows of the tables; the widths are the capacities.
 RANK, SIZE, PLACE, SHARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -97,6 +93,24 @@ def find_groups(  # type: ignore[no-untyped-def]
     tl.store(sequences + SHARED * CAPACITY + i, tl.where(size > 1, blocks * BLOCK_SIZE, 0))
 
 
+@triton.jit
+def _write_items(  # type: ignore[no-untyped-def]
+    items, parts, place, sequence, rows, start, stop, first_row, item_tokens,
+    ITEMS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """A segment's, `item_tokens` long each but for the last."""
+    for first in range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        at, there = items + part, part < parts
+        begins = start + part * item_tokens
+        tl.store(at + ITEM_PLACE * ITEMS, tl.zeros_like(part) + place, mask=there)
+        tl.store(at + ITEM_SEQUENCE * ITEMS, tl.zeros_like(part) + sequence, mask=there)
+        tl.store(at + ITEM_ROWS * ITEMS, tl.zeros_like(part) + rows, mask=there)
+        tl.store(at + ITEM_START * ITEMS, begins, mask=there)
+        tl.store(at + ITEM_STOP * ITEMS, tl.minimum(begins + item_tokens, stop), mask=there)
+        tl.store(at + ITEM_ROW * ITEMS, first_row + part * rows, mask=there)
+
+
 @triton.jit(do_not_specialize=[*VARYING, "target"])
 def plan_items(  # type: ignore[no-untyped-def]
     lengths, sequences, members, items, merges, item_count, count, target,
@@ -150,16 +164,9 @@ def plan_items(  # type: ignore[no-untyped-def]
         tl.store(merges + SHARED_STEP * CAPACITY + i, tl.sum(tl.where(lanes == owner, rows, 0), 0))
         tl.store(merges + OWN_ROW * CAPACITY + i, own_row)
         tl.store(merges + OWN_COUNT * CAPACITY + i, my_parts)
-    for first in range(0, my_parts, AT_ONCE):
-        part = first + tl.arange(0, AT_ONCE)
-        begins = start + part * item_tiles * TILE
-        at, there = items + first_item + part, part < my_parts
-        tl.store(at + ITEM_PLACE * ITEMS, tl.zeros_like(part) + place, mask=there)
-        tl.store(at + ITEM_SEQUENCE * ITEMS, tl.zeros_like(part) + i, mask=there)
-        tl.store(at + ITEM_ROWS * ITEMS, tl.zeros_like(part) + my_rows, mask=there)
-        tl.store(at + ITEM_START * ITEMS, begins, mask=there)
-        tl.store(at + ITEM_STOP * ITEMS, tl.minimum(begins + item_tiles * TILE, stop), mask=there)
-        tl.store(at + ITEM_ROW * ITEMS, first_row + part * my_rows, mask=there)
+    _write_items(
+        items + first_item, my_parts, place, i, my_rows, start, stop, first_row, item_tiles * TILE, ITEMS, AT_ONCE
+    )
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -167,12 +174,10 @@ def attend_items(  # type: ignore[no-untyped-def]
     q, cache, table, members, items, item_count, partial, log_sums, scale,
     q_stride, q_head_stride, cache_block_stride, cache_token_stride, cache_head_stride, table_stride,
     ITEMS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """An item's attention of one key-value head, to `partial`, and the logarithm (to 2) of its sum to `log_sums`."""
     head, item = tl.program_id(0), tl.program_id(1)
-    if AHEAD:
-        gdc_launch_dependents()
     items_there = tl.load(item_count)
     place, rows = tl.load(items + ITEM_PLACE * ITEMS + item), tl.load(items + ITEM_ROWS * ITEMS + item)
     start, stop = tl.load(items + ITEM_START * ITEMS + item), tl.load(items + ITEM_STOP * ITEMS + item)
@@ -214,7 +219,7 @@ def attend_items(  # type: ignore[no-untyped-def]
 @triton.jit
 def merge(  # type: ignore[no-untyped-def]
     partial, log_sums, merges, out, out_stride, out_head_stride,
-    CAPACITY: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr,
+    CAPACITY: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence of all that its items gave; 0 of a sequence without tokens."""
     i, head = tl.program_id(0), tl.program_id(1)
@@ -223,8 +228,6 @@ def merge(  # type: ignore[no-untyped-def]
     shared_row, shared_step = tl.load(merges + SHARED_ROW * CAPACITY + i), tl.load(merges + SHARED_STEP * CAPACITY + i)
     shared, own_row = tl.load(merges + SHARED_COUNT * CAPACITY + i), tl.load(merges + OWN_ROW * CAPACITY + i)
     parts = shared + tl.load(merges + OWN_COUNT * CAPACITY + i)
-    if AHEAD:
-        gdc_wait()
     top, total, result = float("-inf"), 0.0, tl.zeros((HEAD_DIM,), tl.float32)
     for first in range(0, parts, AT_ONCE):
         part = first + tl.arange(0, AT_ONCE)
