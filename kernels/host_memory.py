@@ -43,6 +43,8 @@ class HostMemory:
     def __init__(self, nbytes: int, copies: Copies):
         self.nbytes = nbytes
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # of its own, unlike malloc's
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # locking small pages takes seconds a dozen GiB
+            pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         if copies.device.type == "cuda":
             runtime = torch.cuda.cudart()
