@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..rollout.message_parts import MessageParts
 Row = dict[str, Any]
 Prompt = str | list[dict[str, Any]]
 PROMPTS_CHECKED = 50_000  # longer datasets have the rest of their prompts checked when they are used
+PROMPTS_MEASURED = 15  # for how long a prompt usually is
 
 
 class PromptSchedule(Sampler[list[int]]):
@@ -251,3 +253,11 @@ def check_dataset(
     prompts: Sequence[Prompt] = dataset["prompt"]
     for index in range(min(len(dataset), PROMPTS_CHECKED)):
         tokenize(prompts[index], f"{name}[{index}]")
+
+
+def usual_prompt_tokens(dataset: Dataset | IterableDataset, tokenize: PromptTokenizer) -> int | None:
+    """Tokens of the median prompt among some of a dataset that was checked; None where it cannot be known."""
+    if isinstance(dataset, IterableDataset) or "prompt" not in dataset.column_names:
+        return None
+    rows = range(0, len(dataset), -(-len(dataset) // PROMPTS_MEASURED))
+    return int(median_low([len(tokenize(dataset[row]["prompt"], f"train_dataset[{row}]")) for row in rows]))

@@ -161,9 +161,12 @@ def check_engine(args: GRPOConfig) -> None:
 
 
 def build(
-    model: ModelLike, args: GRPOConfig, lora: LoraConfig | None, max_context: int
+    model: ModelLike, args: GRPOConfig, lora: LoraConfig | None, max_context: int, prompt_tokens: int = 0
 ) -> tuple[Policy, RolloutEngine]:
     """The policy with its adapter, and an engine on the same tensors; with vLLM they are compared before anything else.
+
+    Args:
+        prompt_tokens: of a usual prompt, see VLLMEngine.
 
     Raises:
         ValueError: what cannot be loaded or trained, or engine options that do not exist.
@@ -171,7 +174,7 @@ def build(
     """
     lora = lora or DEFAULT_LORA
     if choose_engine(args.engine, args.device) == "vllm":
-        return _build_on_vllm(model, args, lora, max_context)
+        return _build_on_vllm(model, args, lora, max_context, prompt_tokens)
     check_engine(args)
     if isinstance(model, Policy):
         policy = model
@@ -207,7 +210,7 @@ def configure(policy: Policy, args: GRPOConfig) -> None:
 
 
 def _build_on_vllm(
-    model: ModelLike, args: GRPOConfig, lora: LoraConfig, max_context: int
+    model: ModelLike, args: GRPOConfig, lora: LoraConfig, max_context: int, prompt_tokens: int
 ) -> tuple[Policy, RolloutEngine]:
     """vLLM loads the checkpoint; the policy is built on its tensors."""
     from ..rollout.vllm_engine import VLLMEngine
@@ -233,6 +236,7 @@ def _build_on_vllm(
         fp32_head=args.cast_lm_head_to_fp32,
         base=args.base,
         state_bytes=optimizer_state_bytes(args.optim),
+        prompt_tokens=prompt_tokens,
         engine_kwargs=kwargs,
     )
     policy = Policy(engine.weights, engine.config, engine.adapter)

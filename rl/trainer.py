@@ -31,7 +31,7 @@ from . import checkpoint, setup
 from .agents import AgentCollector, Agents, ToolPromptTokenizer
 from .collect import EVALUATION_STEP, Collected, Collector
 from .config import GRPOConfig
-from .data import PromptTokenizer, Row, SparePrompts, check_dataset, prompt_loader
+from .data import PromptTokenizer, Row, SparePrompts, check_dataset, prompt_loader, usual_prompt_tokens
 from .detectors import run_detectors
 from .kl_reward import add_kl
 from .learner import Learner
@@ -111,7 +111,8 @@ class GRPOTrainer(Trainer):
         spare = SparePrompts(train_dataset, args.seed) if args.dynamic_sampling else None
         reward_weights(dict(zip(rewards.names, rewards.weights, strict=True)), args)  # names that clash, before loading
 
-        self.policy, self.engine = setup.build(model, args, peft_config, max_context)
+        prompt_tokens = usual_prompt_tokens(train_dataset, tokenize) or args.max_prompt_length or 0
+        self.policy, self.engine = setup.build(model, args, peft_config, max_context, prompt_tokens)
         assert self.policy.adapter is not None
         self.adapter = self.policy.adapter
         self.base_model = setup.model_name(model)

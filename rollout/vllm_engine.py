@@ -69,6 +69,8 @@ class VLLMEngine(Lifecycle):
         fp32_head: logits in fp32 whatever the dtype (kernels.head_logits), for the smallest gap to the trainer.
         base: `nf4`, `fp4`: the projections are quantised to it while they load; `auto`: as the checkpoint has them.
         state_bytes: what the optimizer will keep of each of the adapter's parameters, and the KV cache leaves free.
+        prompt_tokens: of a usual prompt, which several requests share: a long one's keys and values are read once for
+            all of them.
         engine_kwargs: any other of `vllm.EngineArgs`' options that does not conflict with sharing.
 
     Attributes:
@@ -99,6 +101,7 @@ class VLLMEngine(Lifecycle):
         fp32_head: bool = True,
         base: str = "auto",
         state_bytes: int = ADAM_STATE_BYTES,
+        prompt_tokens: int = 0,
         engine_kwargs: Mapping[str, Any] | None = None,
     ):
         self._requests: dict[str, RolloutRequest] = {}
@@ -119,6 +122,9 @@ class VLLMEngine(Lifecycle):
             _check_architecture(self.config)
             if self._device.type == "cpu":
                 _check_head_dim(self.config)
+            on_gpu = self._device.type == "cuda"
+            capability = torch.cuda.get_device_capability(self._device) if on_gpu else None
+            self._shared_prompts = shared_prompt_shape(self.config, dtype, capability, prompt_tokens, given)
             options = self._options(directory, lora, dtype, seed, given)
             if fp32_head:
                 options["hf_overrides"] = {"head_dtype": "float32"}
@@ -151,8 +157,6 @@ class VLLMEngine(Lifecycle):
             options |= {"enforce_eager": True, "enable_chunked_prefill": False}  # see vllm_options
         elif "enforce_eager" not in given:
             options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
-        capability = torch.cuda.get_device_capability(self._device) if kind == "cuda" else None
-        self._shared_prompts = shared_prompt_shape(self.config, dtype, capability, self.max_context, given)
         if self._shared_prompts is not None:
             options["attention_config"] = _read_shared_prompts_once()
         options |= given

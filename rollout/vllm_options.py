@@ -62,7 +62,7 @@ CONFLICTS = {
 LOAD_FORMATS = ("auto", "safetensors")
 _PIECES = ("enable_chunked_prefill", "long_prefill_token_threshold")  # read a prompt in several forwards
 ATTENTION_OPTIONS = ("attention_backend", "attention_config", "compilation_config", "kv_cache_dtype")
-LONG_CONTEXT = 8192  # tokens from which on reading a shared prompt once is worth a plan a step
+LONG_PROMPT = 2048  # tokens from which on it is worth a plan a step that a shared prompt is read once
 BLOCK_SIZE = 16  # tokens of vLLM's KV blocks on a GPU
 # Whole numbers that the engine's memory is computed from: they may be left out, but not be None or text.
 _COUNTS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
@@ -116,7 +116,7 @@ def shared_prompt_shape(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
-    max_context: int,
+    prompt_tokens: int,
     given: Mapping[str, Any],
 ) -> DecodeShape | None:
     """The shape that decode steps read shared prompts once in (`vllm_attention`); None: vLLM chooses the attention.
@@ -125,12 +125,12 @@ def shared_prompt_shape(
         config: the model's; it needs layers that attend to everything.
         dtype: of the model and the KV cache.
         capability: the GPU's, of which 10 is not tried; None on a CPU.
-        max_context: tokens of a sequence; with few, attention is a small part of a step.
+        prompt_tokens: of a usual prompt; sequences that share little are slower than with FlashAttention.
         given: the user's options in vLLM's names; those that say how attention is computed stand.
     """
     if capability is None or capability[0] < 8 or capability[0] == 10:
         return None
-    if max_context < LONG_CONTEXT or any(name in given for name in ATTENTION_OPTIONS):
+    if prompt_tokens < LONG_PROMPT or any(name in given for name in ATTENTION_OPTIONS):
         return None
     if None not in KVLayout.of(config, dtype.itemsize, BLOCK_SIZE).windows:
         return None

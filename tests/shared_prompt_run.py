@@ -73,7 +73,7 @@ def main(checkpoint: str, engine_kwargs: str) -> None:
     """Prints the gaps' mean and 99th percentile, their mean after a sleep and with other prompts, the most shared
     tokens, and the number of groups of layers with the kernel."""
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    options = {"max_context": 8192, "max_sequences": 16, "kv_cache_bytes": 2**28, "seed": 0}
+    options = {"max_context": 8192, "prompt_tokens": PROMPT, "max_sequences": 16, "kv_cache_bytes": 2**28, "seed": 0}
     engine = VLLMEngine(
         checkpoint, lora, dtype=torch.bfloat16, device="cuda", engine_kwargs=json.loads(engine_kwargs), **options
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from accelerate import skip_first_batches
-from colora.rl.data import PromptTokenizer, SparePrompts, check_dataset, prompt_loader
+from colora.rl.data import PromptTokenizer, SparePrompts, check_dataset, prompt_loader, usual_prompt_tokens
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -90,6 +90,16 @@ def test_where_a_step_takes_every_prompt_they_are_their_own_spare_ones() -> None
 def test_streams_have_no_spare_prompts() -> None:
     with pytest.raises(ValueError, match="dynamic_sampling=True.*IterableDataset: load it as a Dataset"):
         SparePrompts(Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), 0)
+
+
+def test_how_long_prompts_usually_are(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The median of rows from all over the dataset; nothing is known of a stream's, or of rows without a prompt."""
+    tokenize = PromptTokenizer(tokenizer, 100)
+    dataset = Dataset.from_dict({"prompt": ["a" * (1 + row // 10) for row in range(95)]})
+    assert usual_prompt_tokens(dataset, tokenize) == 5
+    assert usual_prompt_tokens(dataset.select([0]), tokenize) == 1
+    assert usual_prompt_tokens(dataset.to_iterable_dataset(), tokenize) is None
+    assert usual_prompt_tokens(dataset.rename_column("prompt", "question"), tokenize) is None
 
 
 def test_text_and_messages(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -402,3 +402,21 @@ def test_two_eval_seeds_and_training_seeds_differ(model: str, tmp_path: Path) ->
         return [r.trajectory.completion_ids for r in read_records(tmp_path / output / "rollouts")]
 
     assert first("a", 1) == first("b", 1) != first("c", 2)
+
+
+@pytest.mark.parametrize(("stream", "expected"), [(False, 5), (True, 40)])
+def test_the_engine_is_told_how_long_prompts_usually_are(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool, expected: int
+) -> None:
+    """The dataset's; of a stream `max_prompt_length` is taken for it."""
+
+    def stop(*arguments: Any) -> None:
+        raise InterruptedError(arguments[-1])
+
+    monkeypatch.setattr("colora.rl.setup.build", stop)
+    dataset = Dataset.from_dict({"prompt": ["1+2=", "12+3=", "123+4="]})
+    with pytest.raises(InterruptedError, match=f"^{expected}$"):
+        make(
+            model, tmp_path, dataset=dataset.to_iterable_dataset() if stream else dataset, max_prompt_length=40,
+            num_generations=8,
+        )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from colora.kernels.decode_attention import DecodeShape, decode_attention_reference
-from colora.rollout.vllm_options import LONG_CONTEXT, shared_prompt_shape
+from colora.rollout.vllm_options import LONG_PROMPT, shared_prompt_shape
 from colora.rollout.vllm_process import vllm_starting
 from transformers import Gemma3TextConfig, MistralConfig, Qwen3Config
 
@@ -32,7 +32,7 @@ CONFIG = Qwen3Config(
     num_attention_heads=HEADS,
     num_key_value_heads=KV_HEADS,
     head_dim=HEAD_DIM,
-    max_position_embeddings=2 * LONG_CONTEXT,
+    max_position_embeddings=2 * LONG_PROMPT,
 )
 
 
@@ -141,7 +141,7 @@ def test_the_engines_option_selects_the_backend_for_layers_that_attend_to_everyt
     ],
 )
 def test_options_of_the_user_that_turn_it_off(given: dict[str, Any], expected: bool) -> None:
-    shape = shared_prompt_shape(CONFIG, torch.bfloat16, (9, 0), LONG_CONTEXT, given)
+    shape = shared_prompt_shape(CONFIG, torch.bfloat16, (9, 0), LONG_PROMPT, given)
     assert shape == (DecodeShape(HEADS, KV_HEADS, HEAD_DIM, 16, torch.bfloat16) if expected else None)
 
 
@@ -150,7 +150,7 @@ def test_where_it_pays_and_works() -> None:
         "config": CONFIG,
         "dtype": torch.float16,
         "capability": (8, 0),
-        "max_context": LONG_CONTEXT,
+        "prompt_tokens": LONG_PROMPT,
         "given": {},
     }
     windows = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
@@ -163,7 +163,7 @@ def test_where_it_pays_and_works() -> None:
         ({"capability": (7, 5)}, False),
         ({"capability": None}, False),
         ({"dtype": torch.float32}, False),
-        ({"max_context": LONG_CONTEXT - 1}, False),
+        ({"prompt_tokens": LONG_PROMPT - 1}, False),
         ({"config": gemma}, True),
         ({"config": MistralConfig(**windows, sliding_window=4096)}, False),
         ({"config": MistralConfig(**windows, sliding_window=None)}, True),
