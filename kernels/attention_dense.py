@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -23,10 +24,13 @@ BLOCK = 128  # lengths of rows and of dense calls are multiples of it
 
 
 def has_dense_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> bool:
-    """Whether `dense` and `dense_backward` take (tokens, heads, head_dim) queries and such keys and values."""
+    """Whether `dense` and `dense_backward` take (tokens, heads, head_dim) queries and such keys and values.
+
+    Whatever torch's switch says of cuDNN, which is for its own choice of a kernel: importing vLLM turns it off.
+    """
     q_b, k_b, v_b = (x.detach()[None].transpose(1, 2) for x in (q, k, v))
     q_b.requires_grad_()  # no heads that have a forward kernel only: a backward pass may follow
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return can_use_cudnn_attention(SDPAParams(q_b, k_b, v_b, None, 0.0, causal, True))
 
 
