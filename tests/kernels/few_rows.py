@@ -75,6 +75,15 @@ def _decoded(given: Operands[Any]) -> Tensor:
     return nf4.dequantize_reference(given.weight, given.x.dtype)
 
 
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Bit for bit on a card. The interpreter's products are numpy's, which sums by where in a tile a row is: there a
+    rounding of fp16 lies between them, and elements that cancel out."""
+    if found.is_cuda:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=2**-10, atol=1e-5 * float(expected.abs().max()))
+
+
 def run(case: Case, given: Operands[Any], **changes: Any) -> Tensor:
     """By the kernel, cut up as in CONFIGS but for `changes`."""
     kind = type(given.weight)
