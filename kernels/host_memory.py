@@ -2,6 +2,7 @@
 
 import mmap
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ class HostMemory:
         self.nbytes = nbytes
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # of its own, unlike malloc's
         if hasattr(mmap, "MADV_HUGEPAGE"):  # locking small pages takes seconds a dozen GiB
-            pages.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # of a kernel without huge pages, which refuses the advice
+                pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         if copies.device.type == "cuda":
             runtime = torch.cuda.cudart()

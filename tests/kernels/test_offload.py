@@ -1,12 +1,13 @@
 """Inputs of blocks in host memory: what comes back, whose memory it was, and on a GPU that no copy is overtaken."""
 
+import mmap
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from colora.kernels import offload as module
-from colora.kernels.host_memory import available_bytes
+from colora.kernels.host_memory import Copies, HostMemory, available_bytes
 from colora.kernels.offload import ActivationOffload, BlockInputs, fit_on_device
 from torch import Tensor
 
@@ -207,6 +208,17 @@ def test_what_is_taken_is_gone() -> None:
     load_all(block_inputs)
     with pytest.raises(RuntimeError, match=r"the input of block 5 is gone.*a graph can be walked once"):
         block_inputs.load(BLOCKS - 1)
+
+
+def test_host_memory_of_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses the advice as it does one that does not exist; the memory is there all the same."""
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 2**30, raising=False)
+    with pytest.raises(OSError, match="Invalid argument"):
+        mmap.mmap(-1, 1).madvise(mmap.MADV_HUGEPAGE)
+    x = torch.arange(5.0)
+    at = HostMemory(x.nbytes, Copies(CPU)).at(0, x)
+    at.copy_(x)
+    assert torch.equal(at, x)
 
 
 def test_another_shape_than_announced_is_refused() -> None:
