@@ -76,6 +76,8 @@ class DecodeShape:
 
 def capacities(shape: DecodeShape, max_sequences: int, programs: int) -> tuple[int, int, int]:
     """How many items a step is cut into, about; the most that it can have, and the most rows of partial results."""
+    # There are two segments a sequence at most, and each may end in an item that is not full. A sequence has rows in
+    # the last item of the segment that it shares and in that of its own; the full items have up to ROWS each.
     target = max(2, programs // shape.kv_heads)
     return target, target + 2 * max_sequences, target * ROWS + 2 * max_sequences * shape.group
 

@@ -5,7 +5,8 @@ sequence has of its own behind them. Segments are cut into *items* of about equa
 each; `merge` brings together what a sequence's items give. How many items there are is known to the GPU alone: grids
 are as large as they can become, and programs without an item end at once, so that a CUDA graph holds for every step.
 
-Per sequence (rows of `sequences`, int32): leader's group as rank, size and place in `members`; tokens it shares.
+Per sequence (rows of `sequences`, int32): its rank in its group, the group's size, its own place in `members`, and the
+tokens that the group shares.
 Per item (rows of `items`): place of its first member and the sequence that is, rows (members * heads a key-value
 head), first and last token + 1, and its first row among the partial results. Per sequence, for `merge`: first row and
 how many partial results it has of shared items, by how much the next one's row is larger, and first row and number of
@@ -70,8 +71,8 @@ def find_groups(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A leader and those that it leads are a group, one behind the other in `members`.
 
-    It shares what all of them share with the leader: so whoever has much less than the leader shares with another
-    stays alone, as the last sample of a prompt of which a group has but the first lines.
+    A group shares what each of them has in common with the leader. So a sequence that has much less in common with it
+    than another has stays alone: it may be the last sample of a prompt that only begins as the group's does.
     """
     i = tl.program_id(0)
     lanes = tl.arange(0, SEQUENCES)

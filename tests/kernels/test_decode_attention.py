@@ -54,6 +54,7 @@ def mixed(*pieces: tuple[list[list[int]], list[int]], order: Sequence[int] = ())
 def check(
     cache: Cache, rows: list[list[int]], lengths: list[int], heads: int, max_sequences: int = 0
 ) -> tuple[object, Tensor]:
+    from colora.kernels import decode_attention_triton as kernels
     from colora.kernels.decode_attention import DecodeAttention, DecodeShape, decode_attention_reference
 
     kv_heads, _, width = cache.cache.shape[1:]
@@ -65,6 +66,9 @@ def check(
     shape = DecodeShape(heads, kv_heads, head_dim, BLOCK, dtype)
     attention = DecodeAttention(shape, max_sequences or len(rows), DEVICE)
     attention.plan(table, seq_lens)
+    items = attention._items[:, : int(attention._item_count)]
+    assert items.shape[1] <= attention._target + 2 * len(rows)  # programs that `attend` launches
+    assert (items[kernels.ITEM_ROW.value] + items[kernels.ITEM_ROWS.value]).max() <= len(attention._partial)
     attention.attend(q, cache.cache, table, out, head_dim**-0.5)
     expected = decode_attention_reference(q, cache.cache, table, seq_lens, head_dim**-0.5)
     error = (out.float() - expected.float()).abs().max() / cache.cache.float().abs().max()
@@ -157,6 +161,24 @@ def test_nan_stays_where_it_is_seen() -> None:
     attention.attend(q, cache.cache, table, out, 0.125)
     assert out.isnan().flatten(1).any(1).tolist() == [False, True, False]
     assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("heads", [4, 64])
+def test_buffers_have_the_bytes_that_are_set_aside_for_them(heads: int) -> None:
+    from colora.kernels.decode_attention import DecodeAttention, DecodeShape, buffer_bytes
+
+    shape = DecodeShape(heads, 1, 64, BLOCK, DTYPE)
+    buffers = [value for value in vars(DecodeAttention(shape, 5, DEVICE)).values() if isinstance(value, Tensor)]
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count if ON_CARD else 2
+    assert sum(buffer.nbytes for buffer in buffers) == buffer_bytes(shape, 5, processors)
+
+
+def test_sequences_that_fill_an_item_each() -> None:
+    """64 heads a key-value head: what a group shares is read for each of its members."""
+    cache = Cache(80, 1, 64, DTYPE)
+    rows, lengths = group(cache, 320, [1, 30, 64])
+    attention, _ = check(cache, rows, lengths, heads=64)
+    assert shared_tokens(attention, 3) == [320] * 3
 
 
 def test_errors() -> None:
