@@ -12,7 +12,7 @@ pieces' results besides, 4 * head_dim * heads a sequence and piece in fp32, writ
 
 Error: scores, sums and the pieces' results are fp32, the probabilities are rounded to the dtype of unit roundoff u
 before the product with the values, the result once: |error| <= 2 u max |v|, and rounding of the scores' sums.
-NaN and infinities come out as NaN wherever they are seen, and stay in the sequences that see them.
+NaN comes out as NaN, and stays, as infinities do, in the sequences that see it.
 """
 
 import math

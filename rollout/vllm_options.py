@@ -132,6 +132,8 @@ def shared_prompt_shape(
         return None
     if prompt_tokens < LONG_PROMPT or any(name in given for name in ATTENTION_OPTIONS):
         return None
+    if not given.get("enable_prefix_caching", True):  # sequences have no blocks in common
+        return None
     if None not in KVLayout.of(config, dtype.itemsize, BLOCK_SIZE).windows:
         return None
     heads = config.num_attention_heads

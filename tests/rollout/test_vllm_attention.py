@@ -138,6 +138,8 @@ def test_the_engines_option_selects_the_backend_for_layers_that_attend_to_everyt
         ({"attention_config": {"flash_attn_version": 2}}, False),
         ({"compilation_config": {"cudagraph_mode": "FULL"}}, False),
         ({"kv_cache_dtype": "fp8"}, False),
+        ({"enable_prefix_caching": False}, False),  # nothing is shared
+        ({"enable_prefix_caching": True}, True),
     ],
 )
 def test_options_of_the_user_that_turn_it_off(given: dict[str, Any], expected: bool) -> None:
