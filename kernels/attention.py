@@ -9,8 +9,8 @@ q, k and v again needs no second forward pass of attention, only the other two (
 
 Error: scores and sums are fp32, the probabilities are rounded to the dtype of unit roundoff u before the product with
 the values: |error| <= 4 u max |v| over the visible keys (and rounding of the scores' sums, far below that in bf16).
-NaN and infinities come out as NaN wherever they are seen, and stay in their sequence. Kernels multiply hidden values of
-the same tile by 0, so that there they also reach earlier tokens of the sequence.
+NaN comes out as NaN wherever it is seen, an infinite value as an infinity or NaN, and both stay in their sequence.
+Kernels multiply hidden values of the same tile by 0, so that there they also reach earlier tokens of the sequence.
 """
 
 from collections.abc import Callable, Iterator, Sequence

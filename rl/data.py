@@ -259,5 +259,6 @@ def usual_prompt_tokens(dataset: Dataset | IterableDataset, tokenize: PromptToke
     """Tokens of the median prompt among some of a dataset that was checked; None where it cannot be known."""
     if isinstance(dataset, IterableDataset) or "prompt" not in dataset.column_names:
         return None
-    rows = range(0, len(dataset), -(-len(dataset) // PROMPTS_MEASURED))
+    checked = min(len(dataset), PROMPTS_CHECKED)
+    rows = range(0, checked, -(-checked // PROMPTS_MEASURED))
     return int(median_low([len(tokenize(dataset[row]["prompt"], f"train_dataset[{row}]")) for row in rows]))
