@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import vllm.envs as envs
 from torch import Tensor
+from vllm import envs
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -78,7 +78,7 @@ class SharedPromptBuilder(FlashAttentionMetadataBuilder):
         if self._decode is None:  # not in __init__: memory that vLLM allocates then loses its contents in sleep
             assert self._shape is not None
             self._decode = DecodeAttention(self._shape, self._max_sequences, torch.device(self.device))
-        # Fast: without a schedule for FlashAttention's kernel. Those of later steps are for no window: layers are plain.
+        # Fast: no schedule for FlashAttention's kernel. Those of later steps will have no window, as layers are plain.
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build=True)
         self._decode.plan(metadata.block_table, metadata.seq_lens)
         return SharedPromptMetadata(**vars(metadata), decode=self._decode)

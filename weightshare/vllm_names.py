@@ -136,6 +136,7 @@ NAMES = (
         "only the KV cache lies in the memory that sleeps",
         device="cuda",
     ),
+    VLLMName("vllm.envs", "VLLM_BATCH_INVARIANT", (), _ATTENTION, device="cuda"),
     VLLMName("vllm.config", "AttentionConfig", ("backend_per_kind",), _ATTENTION, device="cuda"),
     VLLMName("vllm.config", "get_layers_from_vllm_config", ("layer_type", "layer_names"), _ATTENTION, device="cuda"),
     VLLMName(f"{_BACKENDS}.registry", "AttentionBackendEnum", ("CUSTOM",), _ATTENTION, device="cuda"),
