@@ -1,6 +1,7 @@
 """Packed attention against a softmax written out query by query and against finite differences, in double precision."""
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -266,35 +267,33 @@ def test_kernels_pass_nan_on_within_its_sequence(lengths: tuple[int, ...]) -> No
     assert out[lengths[0] :].isfinite().all()
 
 
-def test_torchs_switch_of_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cudnn_switch() -> Iterator[Callable[[bool], None]]:
+    """Sets torch's switch of cuDNN, until the test ends."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield torch.backends.cuda.enable_cudnn_sdp
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_torchs_switch_of_cudnn_is_not_asked(
+    cudnn_switch: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it is off, as after an import of vLLM, cuDNN is looked for all the same, and it is off again afterwards."""
     seen = []
     monkeypatch.setattr(
         attention_dense, "can_use_cudnn_attention", lambda params: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
     )
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        for switch in (False, True):
-            torch.backends.cuda.enable_cudnn_sdp(switch)
-            has_dense_kernel(*(torch.empty(128, 2, 64) for _ in range(3)))
-            assert torch.backends.cuda.cudnn_sdp_enabled() == switch
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    for switch in (False, True):
+        cudnn_switch(switch)
+        has_dense_kernel(*(torch.empty(128, 2, 64) for _ in range(3)))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == switch
     assert seen == [True, True]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("switch", [True, False])
-def test_cudnn_has_the_kernels_that_it_is_chosen_for(switch: bool) -> None:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(switch)
-    try:
-        _check_kernels_of_cudnn()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def _check_kernels_of_cudnn() -> None:
+def test_cudnn_has_the_kernels_that_it_is_chosen_for(cudnn_switch: Callable[[bool], None], switch: bool) -> None:
+    cudnn_switch(switch)
     for heads, head_dim, dtype in HEADS.values():
         q, k, v = (torch.empty(2048, n, head_dim, device="cuda", dtype=dtype) for n in (4, heads, heads))
         assert has_dense_kernel(q, k, v) or head_dim > 128
