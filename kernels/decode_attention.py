@@ -36,12 +36,11 @@ class Launch:
     Attributes:
         programs: a processor, about: two run at once, more of them come out more even.
         tile: keys at once, for heads of 128 elements.
-        warps, stages: of Triton.
+        stages: of Triton.
     """
 
     programs: int = 4
     tile: int = 64
-    warps: int = 4
     stages: int = 3
 
 
@@ -74,11 +73,15 @@ class DecodeShape:
         return self.heads // self.kv_heads
 
 
-def capacities(shape: DecodeShape, max_sequences: int, programs: int) -> tuple[int, int, int]:
+def capacities(
+    shape: DecodeShape, max_sequences: int, device: torch.device, launch: Launch = Launch()
+) -> tuple[int, int, int]:
     """How many items a step is cut into, about; the most that it can have, and the most rows of partial results."""
     # There are two segments a sequence at most, and each may end in an item that is not full. A sequence has rows in
     # the last item of the segment that it shares and in that of its own; the full items have up to ROWS each.
-    target = max(2, programs // shape.kv_heads)
+    on_gpu = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
+    target = max(2, processors * launch.programs // shape.kv_heads)
     return target, target + 2 * max_sequences, target * ROWS + 2 * max_sequences * shape.group
 
 
@@ -87,9 +90,9 @@ def tiles(head_dim: int, launch: Launch = Launch()) -> tuple[int, int]:
     return (launch.tile // 2, 2) if head_dim > 128 else (launch.tile, launch.stages)
 
 
-def buffer_bytes(shape: DecodeShape, max_sequences: int, processors: int) -> int:
-    """Bytes of a `DecodeAttention` on a GPU of so many processors."""
-    _, items, rows = capacities(shape, max_sequences, processors * Launch.programs)
+def buffer_bytes(shape: DecodeShape, max_sequences: int, device: torch.device) -> int:
+    """Bytes of a `DecodeAttention`."""
+    _, items, rows = capacities(shape, max_sequences, device)
     integers = max_sequences**2 + 12 * max_sequences + 6 * items + 1
     return 4 * integers + 4 * rows * shape.kv_heads * (shape.head_dim + 1)
 
@@ -116,11 +119,8 @@ class DecodeAttention:
         if not shape.supported:
             raise ValueError(f"DecodeAttention: there are no kernels for {shape}")
         self.shape, self.max_sequences = shape, max_sequences
-        on_gpu = device.type == "cuda"
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
         self._tile, self._stages = tiles(shape.head_dim, launch)
-        self._warps = launch.warps
-        self._target, self._capacity, rows = capacities(shape, max_sequences, processors * launch.programs)
+        self._target, self._capacity, rows = capacities(shape, max_sequences, device, launch)
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
         self._common = zeros(max_sequences, max_sequences)
         self._leaders, self._most, self._members = (zeros(max_sequences) for _ in range(3))
@@ -182,12 +182,11 @@ class DecodeAttention:
             scale * LOG2_E, q.stride(0), q.stride(1), kv_cache.stride(0), kv_cache.stride(2),
             kv_cache.stride(1), block_table.stride(0),
             ITEMS=self._capacity, HEADS=shape.group, HEAD_DIM=shape.head_dim, BLOCK_SIZE=shape.block_size,
-            ROWS=ROWS, TILE=self._tile, num_warps=self._warps, num_stages=self._stages,
+            ROWS=ROWS, TILE=self._tile, num_warps=4, num_stages=self._stages,
         )  # fmt: skip
         kernels.merge[(count, shape.heads)](
             self._partial, self._log_sums, self._merges, out, out.stride(0), out.stride(1),
-            CAPACITY=self.max_sequences, HEADS=shape.group, HEAD_DIM=shape.head_dim, AT_ONCE=32,
-            num_warps=4,
+            CAPACITY=self.max_sequences, HEADS=shape.group, HEAD_DIM=shape.head_dim, AT_ONCE=32, num_warps=4,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..weightshare.memory import head_dim
 from ..weightshare.weights import EMBEDDING, HEAD, LinearLayout, ModelLayout
 
 Config = Any  # PreTrainedConfig, whose fields differ by family
@@ -107,7 +108,7 @@ def _plain_spec(config: Config) -> BlockSpec:
         raise ValueError(
             f"{config.model_type}: activation {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}"
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_head = head_dim(config)
     nested = "full_attention" in config.rope_parameters or "sliding_attention" in config.rope_parameters
     return BlockSpec(
         family=config.model_type,
@@ -116,12 +117,12 @@ def _plain_spec(config: Config) -> BlockSpec:
         intermediate_size=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=of_head,
         layers=(LayerSpec(None, "full_attention"),) * config.num_hidden_layers,
-        ropes={"full_attention": _rope_table(config, head_dim, "full_attention" if nested else None)},
+        ropes={"full_attention": _rope_table(config, of_head, "full_attention" if nested else None)},
         activation=ACTIVATIONS[activation],
         norm_eps=config.rms_norm_eps,
-        attention_scale=head_dim**-0.5,
+        attention_scale=of_head**-0.5,
         tied_head=config.tie_word_embeddings,
         max_context=config.max_position_embeddings,
     )

@@ -23,6 +23,7 @@ from ..weightshare.memory import (
     KVLayout,
     check_kv_cache_bytes,
     free_bytes,
+    head_dim,
     kv_cache_bytes,
     nf4_saves,
     reserve_bytes,
@@ -215,8 +216,7 @@ class VLLMEngine(Lifecycle):
         """Buffers of `vllm_attention`, which vLLM does not know of."""
         if self._shared_prompts is None:
             return 0
-        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return buffer_bytes(self._shared_prompts, max_sequences, processors)
+        return buffer_bytes(self._shared_prompts, max_sequences, self._device)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every parameter of vLLM's model and every slot, by module name: what `guard.check_storage` compares."""
@@ -392,11 +392,10 @@ def _check_head_dim(config: PreTrainedConfig) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     known = CPUAttentionBackend.get_supported_head_sizes()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim not in known:
+    if head_dim(config) not in known:
         raise ValueError(
             f"vLLM's CPU build supports attention heads of {', '.join(map(str, known))}, and the model's "
-            f"have {head_dim}: set engine='transformers'"
+            f"have {head_dim(config)}: set engine='transformers'"
         )
 
 

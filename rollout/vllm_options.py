@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..kernels.decode_attention import DecodeShape
-from ..weightshare.memory import KVLayout
+from ..weightshare.memory import KVLayout, head_dim
 
 TEMPERATURES = (0.01, 2.0)  # vLLM would raise lower ones to 0.01 without a word
 
@@ -136,9 +136,7 @@ def shared_prompt_shape(
         return None
     if None not in KVLayout.of(config, dtype.itemsize, BLOCK_SIZE).windows:
         return None
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = DecodeShape(heads, config.num_key_value_heads, head_dim, BLOCK_SIZE, dtype)
+    shape = DecodeShape(config.num_attention_heads, config.num_key_value_heads, head_dim(config), BLOCK_SIZE, dtype)
     return shape if shape.supported else None
 
 

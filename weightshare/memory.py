@@ -24,6 +24,11 @@ GRAPH_BYTES = GIB  # captured graphs, cuBLAS and attention workspaces
 CPU_LIMIT = 4 * GIB
 
 
+def head_dim(config: PreTrainedConfig) -> int:
+    """Elements of an attention head, which not every config names."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class KVLayout:
     """What the KV cache of a model is made of.
@@ -45,10 +50,9 @@ class KVLayout:
         if not getattr(config, "use_sliding_window", True):
             window = None
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-            token_bytes=2 * config.num_key_value_heads * head_dim * element_bytes,
+            token_bytes=2 * config.num_key_value_heads * head_dim(config) * element_bytes,
             block_size=block_size,
         )
 
