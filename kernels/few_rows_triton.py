@@ -97,11 +97,7 @@ def _part_of_u(u, rows, ranks, a_start, ROWS: tl.constexpr, RANK: tl.constexpr, 
 def _update(total, up, of_part, n, start, stop):  # type: ignore[no-untyped-def]
     """total (OUTS, ROWS) + B u^T on those of its rows that lie in [start, stop)."""
     here = tl.where(((n >= start) & (n < stop))[:, None], up, tl.zeros_like(up))
-    if total.shape[1] >= 64:  # as wide as the tensor cores' M: the sum lies the other way round in the registers
-        turned = tl.dot(tl.trans(of_part), tl.trans(here), tl.trans(total), input_precision="ieee")
-        return tl.trans(turned)
-    else:
-        return tl.dot(here, of_part, total, input_precision="ieee")
+    return tl.dot(here, of_part, total, input_precision="ieee")
 
 
 @triton.jit

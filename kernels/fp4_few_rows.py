@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from .fp4_linear_triton import fp4_linear_kernel
 
 DTYPES = (torch.bfloat16,)  # of x
 MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
-_TOGETHER_ROWS = 64  # of x, that warps multiply together at least: the M of wgmma
-_REGISTERS = 2**16  # of a multiprocessor
 _WORDS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # the scale codes of so many chunks
 
 
@@ -26,9 +23,10 @@ class Config:
         outs: rows of W of a program.
         warps: of a program; `outs * sharing` is at least 16 times as many.
         sharing: warps that have the same rows of W and different columns of a step, at most two for each chunk; 0 where
-            all warps multiply one tile together, with weights that they pass on through shared memory.
+            warps multiply in groups of four, which have the same x.
         chunks: of 64 columns that a step loads and multiplies: 1, 2 or 4.
         buffers: steps whose codes are in shared memory or on their way to it.
+        registers: of a thread, at most, so that more programs run at a time; None for as many as it takes.
         splits: programs that share a tile's columns; of no more steps than there are.
     """
 
@@ -37,6 +35,7 @@ class Config:
     sharing: int
     chunks: int
     buffers: int
+    registers: int | None
     splits: int
 
 
@@ -50,16 +49,6 @@ def step_chunks(in_features: int, chunks: int) -> int:
     return math.gcd(chunks, in_features // CHUNK)
 
 
-@cache
-def _most_registers(device: torch.device, warps: int) -> int | None:
-    """Of a thread where `warps` work together: on Hopper so few that another program decodes while one multiplies.
-
-    Elsewhere the shared memory is for one program, and other tensor cores would have registers spilled.
-    """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return _REGISTERS // (64 * warps) if hopper and warps > 4 else None
-
-
 def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | None, config: Config) -> Tensor:
     """(rows, in), at most MAX_ROWS, columns contiguous -> (rows, out); `bias` (out,) and adapter, all of x's dtype.
 
@@ -67,17 +56,16 @@ def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | No
     """
     rows, in_features = x.shape
     chunks = step_chunks(in_features, config.chunks)
-    together, sharing = config.sharing == 0, min(config.sharing, 2 * chunks)
-    warps = config.warps if together else min(config.warps, config.outs // 16 * sharing)
-    program_rows = max(rows_of_program(rows), _TOGETHER_ROWS if together else 0)
+    sharing = min(config.sharing, 2 * chunks)
+    warps = min(config.warps, config.outs // 16 * sharing) if sharing else config.warps
     steps = in_features // CHUNK // chunks
     splits = min(config.splits, steps)
     grid, arguments = launch_arguments(x, bias, adapter, fp4.shape[0], config.outs, splits, MAX_ROWS)
     fp4_linear_kernel[grid](
         codes=fp4.codes.view(torch.int32), scale_words=fp4.scale_codes.view(_WORDS[chunks]), row_scales=fp4.row_scales,
         row_words=in_features // 8, row_steps=steps, **arguments,
-        ROWS=program_rows, CHUNKS=chunks, WARPS=warps, SHARING=sharing, num_warps=warps,
-        num_stages=config.buffers + 1, maxnreg=_most_registers(x.device, warps) if together else None,
+        ROWS=rows_of_program(rows), CHUNKS=chunks, WARPS=warps, SHARING=sharing, num_warps=warps,
+        num_stages=config.buffers + 1, maxnreg=config.registers,
     )  # fmt: skip
     out: Tensor = arguments["out"]
     return out

@@ -6,12 +6,16 @@ two warps decode the same; SHARING of them have the same rows of W, each other c
 the end, in shared memory: a warp has more rows for each x that it reads, and fewer programs have to be added up. A step
 takes of each row of W up to 256 columns, whose codes are one line of the cache and whose scales are one word.
 
+From 64 rows on x would take too many registers and reads of shared memory, and four warps multiply with the same x, in
+shared memory (SHARING = 0; wgmma, on Hopper). There the columns are in x's order.
+
 A program takes a tile of rows of W and, where there would be too few programs, one of several ranges of its columns;
 whichever program of a tile finishes last adds the ranges up, in their order: the result does not depend on who that
 was. The one with the first columns adds bias and adapter (`few_rows_triton`).
 
-(Equal shares of all tiles' steps, which may end within one tile and begin in another, balance better, but the loop over
-a program's tiles costs so many registers that fewer programs run at a time.)
+(Equal shares of all tiles' steps, which may end within one tile and begin in another, balance better and are slower. A
+loop over a program's tiles takes so many registers that fewer programs run at a time; without one, two programs for a
+share that has two tiles, there are more sums to add up.)
 
 Where the GPU can start a kernel before the one ahead of it has ended (AHEAD, Hopper's programmatic dependent launch),
 a program first asks for its codes and scales, which that kernel does not write, and then waits for its end. It reads
@@ -138,23 +142,25 @@ def _base_sum_together(  # type: ignore[no-untyped-def]
     x, codes, scale_words, weight_row, rows, x_stride, row_words, row_steps, first, last,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """The same, but all warps multiply one tile (wgmma), for which the decoded weights go through shared memory.
+    """The same, but warps multiply as groups of four that take x from shared memory (wgmma), not from registers.
 
-    The scales of a step are loaded a step ahead: they are too few to be copied to shared memory meanwhile.
+    Columns are in x's order, so a warp's lanes exchange weights, among themselves. The cores still multiply while the
+    next step is decoded. Its scales are loaded a step ahead: they are too few to be copied to shared memory meanwhile.
     """
     word, k = tl.arange(0, 8 * CHUNKS), tl.arange(0, 64 * CHUNKS)
     x_at = x + tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None] * x_stride + k[None, :]
     codes_at = codes + weight_row[:, None].to(tl.int64) * row_words + word[None, :]
     scales_at = scale_words + weight_row.to(tl.int64) * row_steps
-    total = tl.zeros((ROWS, weight_row.shape[0]), tl.float32)
+    total = tl.zeros((weight_row.shape[0], ROWS), tl.float32)
     scale_word = tl.load(scales_at + first)
     for step in range(first, last):
         scales = (scale_word[:, None] >> (word // 4 * 8)[None, :]).to(tl.int32) & 255
         scale_word = tl.load(scales_at + tl.minimum(step + 1, last - 1))
         eights = decode(tl.load(codes_at + step * (8 * CHUNKS)), scales, x.dtype.element_ty, PLAIN)
         weights = tl.reshape(tl.permute(eights, (0, 1, 4, 3, 2)), (weight_row.shape[0], 64 * CHUNKS))
-        total = tl.dot(tl.load(x_at + step * (64 * CHUNKS)), tl.trans(weights), total, input_precision="ieee")
-    return tl.trans(total)
+        columns = tl.trans(tl.load(x_at + step * (64 * CHUNKS)))
+        total = tl.dot(weights, columns, total, input_precision="ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["rows", "row_steps", "splits", *VARYING])

@@ -12,7 +12,7 @@ from .nf4_linear_triton import nf4_linear_kernel
 from .nf4_triton import decoding_tables
 
 DTYPES = (torch.bfloat16, torch.float16)  # of x
-MAX_ROWS = 64  # of x; above, decoding everything once and cuBLAS take less time
+MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
 _COLUMNS = 256 * BLOCK  # of a program: so few that they are of at most two groups of scales
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # as many scale codes as divide those of a row
 
@@ -24,7 +24,8 @@ class Config:
     Attributes:
         outs: rows of W of a program.
         warps: of a program.
-        sharing: warps that have the same rows of W, at least 16, and different columns of a step.
+        sharing: warps that have the same rows of W, at least 16, and different columns of a step; 0 where warps
+            multiply in groups of four, which have the same x.
         blocks: of 64 columns that a step loads and multiplies, at most 4.
         buffers: steps whose codes are in shared memory or on their way to it.
         registers: of a thread, at most, so that more programs run at a time; None for as many as it takes.
@@ -61,14 +62,15 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
     row_blocks, word = in_features // BLOCK, _word(in_features)
     blocks = step_blocks(in_features, config.blocks)
     sharing = min(config.sharing, blocks)
-    warps = min(config.warps, config.outs // 16 * sharing)
+    warps = min(config.warps, config.outs // 16 * sharing) if sharing else config.warps
+    codes = nf4.codes if sharing else nf4.codes.view(torch.int32)
     steps = row_blocks // blocks
     splits = max(min(config.splits, steps), triton.cdiv(steps, _COLUMNS // BLOCK // blocks))
     grid, arguments = launch_arguments(x, bias, adapter, nf4.shape[0], config.outs, splits, MAX_ROWS)
     nf4_linear_kernel[grid](
-        codes=nf4.codes, scale_words=nf4.scale_codes.view(_WORDS[word]), group_scales=nf4.group_scales,
-        group_start=nf4.group_start, offset=nf4.offset, tables=decoding_tables(x.device),
-        row_bytes=in_features // 2, row_words=row_blocks // word, row_steps=steps, **arguments,
+        codes=codes, row_codes=codes.shape[1], scale_words=nf4.scale_codes.view(_WORDS[word]),
+        group_scales=nf4.group_scales, group_start=nf4.group_start, offset=nf4.offset,
+        tables=decoding_tables(x.device), row_words=row_blocks // word, row_steps=steps, **arguments,
         ROWS=rows_of_program(rows), WORD=word, BLOCKS=blocks, WARPS=warps, SHARING=sharing,
         num_warps=warps, num_stages=config.buffers + 1, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip

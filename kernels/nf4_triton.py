@@ -39,29 +39,41 @@ def _lane_values() -> str:
     )
 
 
-def _decode_four_bytes(packed_type: str) -> str:
-    """PTX: $4 four bytes, $5 the absmax -> $0, $1 the weights of the low nibbles, $2, $3 those of the high ones."""
-    lines = [".reg .b32 code<8>; .reg .f32 value<8>;"]
+def _decode_four_bytes(packed_type: str, halves: bool) -> str:
+    """PTX of the weights of four bytes: those of the low nibbles, then those of the high ones.
+
+    Args:
+        packed_type: of two weights.
+        halves: $4 the bytes, $5 their absmax -> $0 to $3 of two weights each; else $8, $9 -> $0 to $7 of one each.
+    """
+    word, absmax = ("$4", "$5") if halves else ("$8", "$9")
+    lines = [".reg .b32 code<8>, pair<4>; .reg .f32 value<8>;"]
     for weight in range(8):
         shift = 8 * weight if weight < 4 else 8 * (weight - 4) + 4
         lines += [
-            f"shr.u32 code{weight}, $4, {shift};",  # the shuffle takes the lowest bits; 16 lanes repeat the others
+            f"shr.u32 code{weight}, {word}, {shift};",  # the shuffle takes the lowest bits; 16 lanes repeat the others
             f"shfl.sync.idx.b32 value{weight}, nf4_value, code{weight}, 0x1f, 0xffffffff;",
-            f"mul.rn.f32 value{weight}, value{weight}, $5;",
+            f"mul.rn.f32 value{weight}, value{weight}, {absmax};",
         ]
-    lines += [f"cvt.rn.{packed_type}.f32 ${i}, value{2 * i + 1}, value{2 * i};" for i in range(4)]
+    for i in range(4):
+        lines.append(f"cvt.rn.{packed_type}.f32 pair{i}, value{2 * i + 1}, value{2 * i};")
+        lines.append(f"mov.b32 ${i}, pair{i};" if halves else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, pair{i};")
     return "{ " + " ".join(lines) + " }"
 
 
 _PREPARE = tl.constexpr(_lane_values())
-_DECODE_BF16 = tl.constexpr(_decode_four_bytes("bf16x2"))
+_DECODE_BF16 = tl.constexpr(_decode_four_bytes("bf16x2", halves=True))
+_DECODE_FP16 = tl.constexpr(_decode_four_bytes("f16x2", halves=True))
 _OPERANDS = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f")
-_DECODE_FP16 = tl.constexpr(_decode_four_bytes("f16x2"))
+_DECODE_WORD_BF16 = tl.constexpr(_decode_four_bytes("bf16x2", halves=False))
+_DECODE_WORD_FP16 = tl.constexpr(_decode_four_bytes("f16x2", halves=False))
+_WORD_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,f")
+_EIGHT = tl.constexpr((tl.int16,) * 8)
 
 
 @triton.jit
 def prepare_decoding(PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """To be called once in a kernel that calls `decode` or `decode_halves`, before it does, by every thread of it."""
+    """To be called once in a kernel before it calls `decode`, `decode_halves` or `decode_words`, by every thread."""
     if not PLAIN:
         tl.inline_asm_elementwise(_PREPARE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -85,6 +97,36 @@ def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexp
             _DECODE_FP16, _OPERANDS, [codes, absmax], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     return low, high
+
+
+@triton.jit
+def _value(word, absmax, tables, shift: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    return (tl.load(tables + 256 + ((word >> shift) & 15)) * absmax).to(dtype)
+
+
+@triton.jit
+def decode_words(words, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 words of four bytes of codes, and the absmax of each: two shapes that broadcast -> weights of dtype.
+
+    They have three more dimensions of 2: byte b's low nibble is at [..., b % 2, b // 2, 0], its high one at [..., 1].
+    A word is one element, so that the layout in which a lane holds its elements does not matter.
+    PLAIN: as in `decode_halves`.
+    """
+    if PLAIN:
+        w0, w1 = _value(words, absmax, tables, 0, dtype), _value(words, absmax, tables, 8, dtype)
+        w2, w3 = _value(words, absmax, tables, 16, dtype), _value(words, absmax, tables, 24, dtype)
+        w4, w5 = _value(words, absmax, tables, 4, dtype), _value(words, absmax, tables, 12, dtype)
+        w6, w7 = _value(words, absmax, tables, 20, dtype), _value(words, absmax, tables, 28, dtype)
+    elif dtype == tl.bfloat16:
+        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+            _DECODE_WORD_BF16, _WORD_OPERANDS, [words, absmax], dtype=_EIGHT, is_pure=True, pack=1
+        )
+    else:
+        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+            _DECODE_WORD_FP16, _WORD_OPERANDS, [words, absmax], dtype=_EIGHT, is_pure=True, pack=1
+        )
+    low, high = tl.join(tl.join(w0, w1), tl.join(w2, w3)), tl.join(tl.join(w4, w5), tl.join(w6, w7))
+    return tl.join(low, high).to(dtype, bitcast=not PLAIN)
 
 
 @triton.jit

@@ -101,8 +101,8 @@ def test_equals_the_decoded_weights(case: Case, way: dict[str, int]) -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_columns_that_each_pick_one_weight(way: dict[str, int]) -> None:
     """x = the identity: the product is the matrix, bit for bit: every code, scale and column is where it should be."""
-    case = Case(64, (70,), 64)
-    given = replace(operands(case), x=torch.eye(64, device=DEVICE, dtype=DTYPE))
+    case = Case(128, (70,), 128)
+    given = replace(operands(case), x=torch.eye(128, device=DEVICE, dtype=DTYPE))
     assert torch.equal(run(case, given, **way).T, fp4.dequantize_reference(given.weight, DTYPE))
 
 

@@ -31,6 +31,7 @@ CASES = {
     "a_tile_of_three_parts": Case(7, (24, 16, 24), 128, 16, ((0, 24, 0, 0), (24, 40, 16, 24), (40, 64, 32, 40))),
     "some_rows_of_w_alone": Case(33, (72,), 256, 4, ((8, 40, 0, 0),)),
     "parts_in_another_order_than_b": Case(20, (48, 80), 320, 8, ((0, 48, 8, 80), (48, 128, 0, 0))),
+    "most_rows": Case(128, (70,), 320, 8, ((0, 20, 0, 0), (30, 70, 8, 20)), bias=True),
     "three_groups_of_scales_a_row": Case(2, (20,), 576 * 64),
 }
 
@@ -68,23 +69,27 @@ def test_equals_the_decoded_weights(case: Case, splits: int, dtype: torch.dtype)
         {"warps": 2, "registers": 128},
         {"sharing": 2},
         {"outs": 32, "sharing": 4},
+        {"sharing": 0},
+        {"sharing": 0, "blocks": 2, "splits": 3},
+        {"sharing": 0, "blocks": 1, "outs": 128, "warps": 8, "registers": 128},
     ],
     ids=str,
 )
-def test_other_ways_to_cut_it_up(changes: dict[str, object]) -> None:
-    case = CASES["qkv"]
+@pytest.mark.parametrize("case", [CASES["qkv"], CASES["some_rows_of_w_alone"], CASES["most_rows"]], ids=str)
+def test_other_ways_to_cut_it_up(case: Case, changes: dict[str, object]) -> None:
     given = operands(case, torch.float16)
     true = exact(case, given)
     assert (run(case, given, **changes).double() - true).norm() / true.norm() < BOUND[torch.float16]
 
 
-def test_columns_that_each_pick_one_weight() -> None:
+@pytest.mark.parametrize("sharing", [1, 0])
+def test_columns_that_each_pick_one_weight(sharing: int) -> None:
     """x = the identity: the product is the matrix, bit for bit: every code, scale and column is where it should be."""
-    case = Case(64, (70, 30), 64)
+    case = Case(128, (70, 30), 128)
     for dtype in BOUND:
         given = operands(case, dtype)
-        given.x = torch.eye(64, device=DEVICE, dtype=dtype)
-        assert torch.equal(run(case, given).T, nf4.dequantize_reference(given.weight, dtype))
+        given.x = torch.eye(128, device=DEVICE, dtype=dtype)
+        assert torch.equal(run(case, given, sharing=sharing).T, nf4.dequantize_reference(given.weight, dtype))
 
 
 def test_rows_of_a_stacked_matrix_and_of_x() -> None:
@@ -111,8 +116,8 @@ def test_fits() -> None:
 
 
 def test_more_rows_than_a_launch_takes() -> None:
-    case = Case(65, (64,), 64)
-    with pytest.raises(ValueError, match="65 rows of x are too many for one launch, which takes 64"):
+    case = Case(129, (64,), 64)
+    with pytest.raises(ValueError, match="129 rows of x are too many for one launch, which takes 128"):
         run(case, operands(case, torch.float16))
 
 
@@ -122,6 +127,7 @@ LARGE = {
     "4b.down": Case(64, (2560,), 9728, 32, ((0, 2560, 0, 0),)),
     "8b.gate_up": Case(29, (12288, 12288), 4096, 32, ((0, 12288, 0, 0), (12288, 24576, 32, 12288)), bias=True),
     "qwen2.5_0.5b.qkv": Case(17, (896, 128, 128), 896, 8, ((0, 896, 0, 0), (1024, 1152, 8, 896)), bias=True),
+    "4b.gate_up": Case(128, (9728, 9728), 2560, 16, ((0, 9728, 0, 0), (9728, 19456, 16, 9728))),
     "70b.down": Case(5, (8192,), 28672, 16, ((0, 8192, 0, 0),)),
 }
 
