@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .few_rows_triton import VARYING, down, fetch, finish
+from .few_rows_triton import VARYING, down, fetch, finish, multiplied
 from .fp4_triton import decode
 
 # Of a block's 32 columns the tensor cores take those of a lane, 4 q to 4 q + 3 and 16 more, in two steps of two from
@@ -144,8 +144,8 @@ def _base_sum_together(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The same, but warps multiply as groups of four that take x from shared memory (wgmma), not from registers.
 
-    Columns are in x's order, so a warp's lanes exchange weights, among themselves. The cores still multiply while the
-    next step is decoded. Its scales are loaded a step ahead: they are too few to be copied to shared memory meanwhile.
+    Columns are in x's order, so lanes exchange the decoded weights. While the cores multiply, another program decodes.
+    The scales of a step are loaded a step ahead: they are too few to be copied to shared memory meanwhile.
     """
     word, k = tl.arange(0, 8 * CHUNKS), tl.arange(0, 64 * CHUNKS)
     x_at = x + tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None] * x_stride + k[None, :]
@@ -159,7 +159,7 @@ def _base_sum_together(  # type: ignore[no-untyped-def]
         eights = decode(tl.load(codes_at + step * (8 * CHUNKS)), scales, x.dtype.element_ty, PLAIN)
         weights = tl.reshape(tl.permute(eights, (0, 1, 4, 3, 2)), (weight_row.shape[0], 64 * CHUNKS))
         columns = tl.trans(tl.load(x_at + step * (64 * CHUNKS)))
-        total = tl.dot(weights, columns, total, input_precision="ieee")
+        total = multiplied(tl.dot(weights, columns, total, input_precision="ieee"), PLAIN)
     return total
 
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .few_rows_triton import VARYING, down, fetch, finish
+from .few_rows_triton import VARYING, down, fetch, finish, multiplied
 from .nf4_triton import decode_halves, decode_words, prepare_decoding
 
 
@@ -56,8 +56,7 @@ def _add_product_together(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The same with total (OUTS, ROWS): warps multiply as groups of four that take x from shared memory (wgmma).
 
-    Columns are in x's order, so a warp's lanes exchange weights, among themselves. The cores still multiply while the
-    next step is decoded.
+    Columns are in x's order, so lanes exchange the decoded weights. While the cores multiply, another program decodes.
     """
     OUTS: tl.constexpr = absmax.shape[0]
     absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, BLOCKS, 8)), (OUTS, 8 * BLOCKS))
@@ -65,7 +64,7 @@ def _add_product_together(  # type: ignore[no-untyped-def]
     # Column 32 h + 8 a + 4 b + 2 c + e of a block is the h-th nibble of byte 2 b + e of word 4 c + a.
     weights = tl.reshape(eights, (OUTS, BLOCKS, 2, 4, 2, 2, 2))  # c, a, e, b, h
     weights = tl.reshape(tl.permute(weights, (0, 1, 6, 3, 5, 2, 4)), (OUTS, 64 * BLOCKS))
-    return tl.dot(weights, tl.trans(tl.load(x_at)), total, input_precision="ieee")
+    return multiplied(tl.dot(weights, tl.trans(tl.load(x_at)), total, input_precision="ieee"), PLAIN)
 
 
 @triton.jit

@@ -32,7 +32,8 @@ def resource_usage(
         products: of matrices, at least, in the loop whose instructions are counted.
 
     Returns:
-        `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes, and "instructions" of the loop.
+        `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes, "instructions" of the loop, and "pending":
+        how many products the tensor cores may still be busy with, at most, where the program waits for them.
     """
     sizes = CONSTANTS | {"DOWN_ROWS": min(64, sizes["ROWS"])} | sizes
     options = {"num_warps": sizes["WARPS"], "launch_pdl": True} | options
@@ -72,7 +73,14 @@ def _usage(
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
         code = _output(tools / "nvdisasm", "-c", cubin).splitlines()
     fields = [field.split(":") for field in usage.split() if ":" in field]
-    found = {"shared": made.metadata.shared, "instructions": _instructions_of_loop(code, products)}
+    waits = [
+        int(line.split("pendings = ")[1].split()[0]) for line in made.asm["ttgir"].splitlines() if "pendings" in line
+    ]
+    found = {
+        "pending": max(waits, default=0),
+        "shared": made.metadata.shared,
+        "instructions": _instructions_of_loop(code, products),
+    }
     return found | {field: int(number) for field, number in fields if number.isdecimal()}
 
 

@@ -1,8 +1,9 @@
 """The NF4 product compiles for a Hopper GPU, ahead of time and without one, as it is meant to.
 
-What the interpreter cannot see: that the assembly assembles, that no register is spilled, and that the decoded weights
-go to the tensor cores from registers (where warps multiply in groups of four, a warp's lanes exchange them through a
-little shared memory; all of them would need more).
+What the interpreter cannot see: that the assembly assembles, that no register is spilled, that weights go to the tensor
+cores from the registers in which they were decoded (through shared memory, they would need more; only where warps
+multiply in groups of four do they go there, once), that no step of the loop writes to registers from which the cores
+still read.
 """
 
 from pathlib import Path
@@ -40,3 +41,4 @@ def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
     assert usage["STACK"] <= few and usage["LOCAL"] == 0, "registers are spilled"
     assert usage["REG"] * 32 * sizes["WARPS"] * programs <= 2**16, "too few programs run at a time"
     assert usage["shared"] <= shared, "the decoded weights go through shared memory"
+    assert usage["pending"] == 0, "registers are written to while the tensor cores read from them"
