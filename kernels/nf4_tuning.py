@@ -16,8 +16,8 @@ _KINDS: dict[int, list[tuple[int, int, int, int, int, int | None]]] = {
     8: [(64, 4, 2, 4, 2, None), (64, 4, 1, 4, 2, None), (128, 4, 1, 2, 2, None), (128, 4, 1, 4, 2, 128)],
     16: [(128, 4, 1, 2, 2, None), (64, 4, 2, 4, 2, None), (64, 4, 1, 4, 2, None)],
     32: [(128, 4, 1, 2, 2, None), (64, 4, 1, 4, 2, None), (128, 4, 1, 2, 2, 128)],
-    64: [(64, 4, 0, 1, 2, None), (64, 4, 0, 2, 2, None), (128, 4, 1, 2, 2, 168)],
-    MAX_ROWS: [(64, 4, 0, 1, 2, 168), (64, 4, 0, 2, 2, 168), (128, 8, 0, 1, 2, 128)],
+    64: [(64, 4, 0, 1, 2, None), (64, 4, 0, 1, 2, 128)],
+    MAX_ROWS: [(64, 4, 0, 1, 2, 168), (64, 4, 0, 1, 2, 128)],
 }
 _SPLITS = 4  # numbers of splits to measure for each
 _SPEED = Speed(weights=20.0, weights_a_warp=2.0, cycles_around=5000)

@@ -29,12 +29,6 @@ KERNELS = {
         61 * 2**10,
         4.8,
     ),
-    "more_warps": (
-        {"ROWS": 128, "OUTS": 128, "CHUNKS": 1, "WARPS": 8, "SHARING": 0, "buffers": 2, "registers": 128},
-        2,
-        73 * 2**10,
-        4.8,
-    ),
 }
 POINTERS = {"codes": "*i32", "row_scales": "*fp32"}
 

@@ -161,16 +161,17 @@ def test_large_shapes_on_the_card(case: Case) -> None:
 
 
 @pytest.mark.gpu
-def test_products_that_follow_one_another() -> None:
+@pytest.mark.parametrize("rows, way", [(8, {}), (128, {"sharing": 0, "chunks": 1})], ids=["few", "together"])
+def test_products_that_follow_one_another(rows: int, way: dict[str, int]) -> None:
     """Each starts before the one ahead has ended, reads what that wrote and takes memory that it has freed."""
-    case = Case(8, (2048,), 2048, rank=16, parts=((0, 2048, 0, 0),))
+    case = Case(rows, (2048,), 2048, rank=16, parts=((0, 2048, 0, 0),))
     given = operands(case)
 
     def chain(check: bool) -> Tensor:
         x = given.x
         for index in range(30):
             now, step = replace(case, parts=case.parts if index % 3 else ()), replace(given, x=x)
-            y = run(now, step, splits=index % 5 + 1)
+            y = run(now, step, splits=index % 5 + 1, **way)
             if check:
                 true = exact(now, step)
                 assert (y.double() - true).norm() / true.norm() < BOUND, index

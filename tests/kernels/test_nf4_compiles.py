@@ -22,7 +22,11 @@ KERNELS = {
     "warps_that_share_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "WARPS": 4, "SHARING": 2}, 3, 51 * 2**10),
     "together": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 1, "WARPS": 4, "SHARING": 0}, 3, 28 * 2**10),
     "most_rows": ({"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "WARPS": 4, "SHARING": 0, "registers": 168}, 3, 52 * 2**10),
-    "more_warps": ({"ROWS": 128, "OUTS": 128, "BLOCKS": 1, "WARPS": 8, "SHARING": 0, "registers": 128}, 2, 56 * 2**10),
+    "most_programs": (
+        {"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "WARPS": 4, "SHARING": 0, "registers": 128},
+        4,
+        52 * 2**10,
+    ),
 }
 POINTERS = dict.fromkeys(["group_scales", "offset", "tables"], "*fp32")
 POINTERS |= {"scale_words": "*i32", "group_start": "*i32"}

@@ -148,9 +148,10 @@ def test_large_shapes_on_the_card(case: Case) -> None:
 
 
 @pytest.mark.gpu
-def test_products_that_follow_one_another() -> None:
+@pytest.mark.parametrize("rows, way", [(8, {}), (128, {"sharing": 0, "blocks": 1})], ids=["few", "together"])
+def test_products_that_follow_one_another(rows: int, way: dict[str, int]) -> None:
     """Each starts before the one ahead has ended, reads what that wrote and takes memory that it has freed."""
-    case = Case(8, (2048,), 2048, 16, ((0, 2048, 0, 0),))
+    case = Case(rows, (2048,), 2048, 16, ((0, 2048, 0, 0),))
     given = operands(case, torch.bfloat16)
     given.weight.group_scales.mul_(0.3)  # the sizes of the results stay about the same
     given.weight.offset.mul_(0.3)
@@ -159,7 +160,7 @@ def test_products_that_follow_one_another() -> None:
         x = given.x
         for index in range(30):
             step = replace(given, x=x)
-            y = run(replace(case, parts=case.parts if index % 3 else ()), step, splits=index % 5 + 1)
+            y = run(replace(case, parts=case.parts if index % 3 else ()), step, splits=index % 5 + 1, **way)
             if check:
                 true = exact(replace(case, parts=case.parts if index % 3 else ()), step)
                 assert (y.double() - true).norm() / true.norm() < BOUND[torch.bfloat16], index
