@@ -30,7 +30,7 @@ def multiplied(total, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """total, once the tensor cores are done with the product that it is the result of.
 
     Until then they read weights from registers, and where nothing uses the result within a step of the loop, Triton 3.6
-    lets the next step write to these registers too early (triton-lang/triton#9433): a rare NaN.
+    lets the next step write to these registers too early (triton-lang/triton#9433).
     """
     if PLAIN:
         return total
