@@ -71,16 +71,16 @@ def _add_product_together(  # type: ignore[no-untyped-def]
 def _base_sum(  # type: ignore[no-untyped-def]
     x, codes, scale_words, group_scales, group_start, offset, tables, weight_row, rows, x_stride, row_codes, row_words,
     first, last,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, WORD: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr,
-    SHARING: tl.constexpr, AHEAD: tl.constexpr, PLAIN: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, WORD: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_CODES: tl.constexpr,
+    WARPS: tl.constexpr, SHARING: tl.constexpr, AHEAD: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks.
 
-    The scales of a step are looked up a step ahead, their codes two: loads of them would depend on each other. Tiles of
-    x are of 32 columns: threads read 16 adjacent bytes of them, of two rows 128, and no two from one bank.
+    The scales of a step are looked up a step ahead, their codes two: loads of them would depend on each other. Where x
+    goes through registers its tiles are of 32 columns: threads read 16 adjacent bytes of them, of two rows 128, and no
+    two from one bank.
     """
     STEPS: tl.constexpr = WORD // BLOCKS  # in a word of scale codes
-    BLOCK_CODES: tl.constexpr = 8 if SHARING == 0 else 32
     of_step = tl.arange(0, BLOCKS)
     if SHARING == 0:
         x_at = x + tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None] * x_stride + tl.arange(0, 64 * BLOCKS)[None, :]
@@ -143,9 +143,9 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
         first, last = split * row_steps // splits, (split + 1) * row_steps // splits
         n, m = tile * OUTS + tl.arange(0, OUTS), tl.arange(0, ROWS)
         weight_row = tl.minimum(n, out_features - 1)
+        BLOCK_CODES: tl.constexpr = 8 if SHARING == 0 else 32  # of a block: words of four bytes, or bytes
         if AHEAD:
             row_at = weight_row.to(tl.int64)
-            BLOCK_CODES: tl.constexpr = 8 if SHARING == 0 else 32  # words of four bytes or bytes
             for line in tl.static_range(2):
                 at = tl.minimum(first * BLOCKS * BLOCK_CODES + line * 4 * BLOCK_CODES, last * BLOCKS * BLOCK_CODES - 1)
                 fetch(codes + row_at * row_codes + at)
@@ -153,7 +153,7 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
         prepare_decoding(PLAIN)
         total = _base_sum(
             x, codes, scale_words, group_scales, group_start, offset, tables, weight_row, rows, x_stride, row_codes,
-            row_words, first, last, ROWS, OUTS, WORD, BLOCKS, WARPS, SHARING, AHEAD, PLAIN,
+            row_words, first, last, ROWS, OUTS, WORD, BLOCKS, BLOCK_CODES, WARPS, SHARING, AHEAD, PLAIN,
         )  # fmt: skip
         finish(
             total, n, m, tile, split, splits, rows, out_features, bias, out, partial, counters,

@@ -79,6 +79,12 @@ def prepare_decoding(PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _value(word, absmax, tables, shift: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weight of the code at that bit of each int32, by the table and not by assembly."""
+    return (tl.load(tables + 256 + ((word >> shift) & 15)) * absmax).to(dtype)
+
+
+@triton.jit
 def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes and the absmax of each, two shapes that broadcast -> the weights of the low and of the high nibbles.
 
@@ -86,8 +92,8 @@ def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexp
     PLAIN: without assembly, for the interpreter and for fp32; `tables` as `decoding_tables` makes it.
     """
     if PLAIN:
-        low = (tl.load(tables + 256 + (codes & 15).to(tl.int32)) * absmax).to(dtype)
-        high = (tl.load(tables + 256 + (codes >> 4).to(tl.int32)) * absmax).to(dtype)
+        byte = codes.to(tl.int32)
+        low, high = _value(byte, absmax, tables, 0, dtype), _value(byte, absmax, tables, 4, dtype)
     elif dtype == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             _DECODE_BF16, _OPERANDS, [codes, absmax], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
@@ -97,11 +103,6 @@ def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexp
             _DECODE_FP16, _OPERANDS, [codes, absmax], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     return low, high
-
-
-@triton.jit
-def _value(word, absmax, tables, shift: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    return (tl.load(tables + 256 + ((word >> shift) & 15)) * absmax).to(dtype)
 
 
 @triton.jit

@@ -32,8 +32,9 @@ def resource_usage(
         products: of matrices, at least, in the loop whose instructions are counted.
 
     Returns:
-        `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes, "instructions" of the loop, and
-        "pending": how many products the tensor cores may still be busy with, at most, where the program waits for them.
+        `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes, "instructions" of the loop, how many of
+        these are "spills", and "pending": how many products the tensor cores may still be busy with, at most, where the
+        program waits for them.
     """
     sizes = CONSTANTS | {"DOWN_ROWS": min(64, sizes["ROWS"])} | sizes
     options = {"num_warps": sizes["WARPS"], "launch_pdl": True} | options
@@ -76,10 +77,12 @@ def _usage(
     waits = [
         int(line.split("pendings = ")[1].split()[0]) for line in made.asm["ttgir"].splitlines() if "pendings" in line
     ]
+    loop = _loop(code, products)
     found = {
         "pending": max(waits, default=0),
         "shared": made.metadata.shared,
-        "instructions": _instructions_of_loop(code, products),
+        "instructions": len(loop),
+        "spills": sum("LDL" in line or "STL" in line for line in loop),
     }
     return found | {field: int(number) for field, number in fields if number.isdecimal()}
 
@@ -88,13 +91,13 @@ def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _instructions_of_loop(code: list[str], products: int) -> int:
-    """Of the backward branches around enough matrix products the one that takes least."""
+def _loop(code: list[str], products: int) -> list[str]:
+    """The instructions of a loop: of the backward branches around enough matrix products the one that takes least."""
     at = {line.split(":")[0].strip(): i for i, line in enumerate(code) if line.startswith(".L_")}
     branches = [(i, line) for i, line in enumerate(code) if " BRA " in line]
     loops = [code[at[label] : i] for i, line in branches for label in at if f"({label})" in line and at[label] < i]
     enough = [lines for lines in loops if sum("MMA." in line for line in lines) >= products]
-    return sum(";" in line for line in min(enough, key=len))
+    return [line for line in min(enough, key=len) if ";" in line]
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
     codes = {"codes": "*u8" if sizes["SHARING"] else "*i32"}
     options = {"num_stages": 3, "enable_fp_fusion": False} | capped
     usage = resource_usage("nf4", constants, POINTERS | codes, options, tmp_path)
-    few = 64 if capped else 0  # bytes, of what is needed once
-    assert usage["STACK"] <= few and usage["LOCAL"] == 0, "registers are spilled"
+    few = 64 if capped else 0  # bytes, of what the loop does not need
+    assert usage["STACK"] <= few and usage["LOCAL"] == usage["spills"] == 0, "registers are spilled"
     assert usage["REG"] * 32 * sizes["WARPS"] * programs <= 2**16, "too few programs run at a time"
     assert usage["shared"] <= shared, "the decoded weights go through shared memory"
     assert usage["pending"] == 0, "registers are written to while the tensor cores read from them"
