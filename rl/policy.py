@@ -342,7 +342,7 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config, names, tensors = _open(model)
     layout, compute_dtype = model_layout(block_spec(config)), resolve_dtype(dtype, config, place)
-    stored = nf4_projections(names)
+    stored = nf4_projections(names, config.to_dict())
     wanted = base_of(layout, base, stored)
     check_fits(layout, compute_dtype, wanted, place)
     weights = SharedWeights.empty(layout, compute_dtype, place, wanted)

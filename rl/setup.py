@@ -224,7 +224,7 @@ def _build_on_vllm(
     if not kwargs.keys() & {"max_num_seqs", "max_sequences"}:
         kwargs["max_num_seqs"] = min(MAX_SEQUENCES[args.device.type], args.completions_per_generation)
     dtype, layout = resolve_dtype(args.dtype, config, args.device), model_layout(block_spec(config))
-    stored = nf4_projections(tensor_names(checkpoint_directory(model)))
+    stored = nf4_projections(tensor_names(checkpoint_directory(model)), config.to_dict())
     check_fits(layout, dtype, base_of(layout, args.base, stored), args.device)
     engine = VLLMEngine(
         model,

@@ -108,8 +108,7 @@ class VLLMEngine(Lifecycle):
         self._requests: dict[str, RolloutRequest] = {}
         self.max_context, self._device, self._state_bytes = max_context, torch.device(device), state_bytes
         directory = checkpoint_directory(model)
-        read_config(directory)  # refuses formats that cannot be read
-        stored = nf4_projections(tensor_names(directory))
+        stored = nf4_projections(tensor_names(directory), read_config(directory))
         self._base = base_format(base, stored)
         self.config = AutoConfig.from_pretrained(directory)
         _check_arguments(self.config, dtype, max_context, self._device)

@@ -68,9 +68,14 @@ def base_format(base: str, stored: Collection[str]) -> BaseFormat:
     return {"nf4": NF4, "fp4": FP4}.get(base, DENSE)
 
 
+def quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of how the weights are quantised, if anything."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+
+
 def check_quantization(config: dict[str, Any], where: str) -> None:
     """Raise ValueError, naming the format, where config.json describes quantised weights that cannot be read."""
-    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    settings = quantization_settings(config)
     if not settings:
         return
     method = settings.get("quant_method", "unknown")

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ..kernels.nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, GROUP, NF4Tensor, empty, pack_codes, row_chunks
-from .base_format import SUPPORTED
+from .base_format import SUPPORTED, quantization_settings
 
 STATE = "quant_state.bitsandbytes__"
 PIECES = ("weight", "absmax", "nested_absmax", "quant_map", "nested_quant_map", "quant_state")
 
 
-def nf4_projections(names: Iterable[str]) -> frozenset[str]:
+def nf4_projections(names: Iterable[str], config: dict[str, Any]) -> frozenset[str]:
     """The modules that are stored in NF4, by the names of a checkpoint's tensors.
 
-    Raises ValueError for one in another 4-bit format.
+    Raises ValueError for one in another 4-bit format, and where there is none although config.json says NF4.
     """
     found = set()
     for name in names:
@@ -31,6 +31,11 @@ def nf4_projections(names: Iterable[str]) -> frozenset[str]:
             raise ValueError(f"{owner}.weight is stored in bitsandbytes' {kind}, which is not supported. {SUPPORTED}")
         if mark:
             found.add(owner)
+    if not found and quantization_settings(config):
+        raise ValueError(
+            "config.json says that the checkpoint is quantised to NF4, but none of its weights is: remove "
+            "quantization_config from it, and set base='nf4' to quantise them while they load"
+        )
     return frozenset(found)
 
 

@@ -121,6 +121,14 @@ def test_tensors_of_other_formats_are_named_where_the_config_says_nothing(
         load(directory)
 
 
+def test_dense_weights_that_the_config_says_are_quantised(checkpoint: Path) -> None:
+    """What is left where a model was decoded and saved again: nobody who asks for 4 bits is to train in 16 unawares."""
+    dense = checkpoint.parent / "dense" / "model.safetensors"
+    (checkpoint / "model.safetensors").write_bytes(dense.read_bytes())
+    with pytest.raises(ValueError, match="says that the checkpoint is quantised to NF4, but none of its weights is"):
+        load(checkpoint)
+
+
 def rewrite(directory: Path, **changes: Tensor | None) -> None:
     """Replace tensors, named without `.weight` parts' dots; None removes one."""
     file = directory / "model.safetensors"
