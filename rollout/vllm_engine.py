@@ -108,7 +108,8 @@ class VLLMEngine(Lifecycle):
         self._requests: dict[str, RolloutRequest] = {}
         self.max_context, self._device, self._state_bytes = max_context, torch.device(device), state_bytes
         directory = checkpoint_directory(model)
-        stored = nf4_projections(tensor_names(directory), read_config(directory))
+        config = read_config(directory)  # refuses what is no model, and formats that cannot be read
+        stored = nf4_projections(tensor_names(directory), config)
         self._base = base_format(base, stored)
         self.config = AutoConfig.from_pretrained(directory)
         _check_arguments(self.config, dtype, max_context, self._device)

@@ -294,6 +294,13 @@ def test_the_last_position_of_the_context_can_be_used(engine: VLLMEngine) -> Non
     assert len(trajectory.completion_ids) == 12
 
 
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    """Before its weights are looked for: an adapter's files are others."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a PEFT adapter, not a model: merge it into its base"):
+        open_engine(tmp_path)
+
+
 def test_a_second_engine_is_refused(opened: SimpleNamespace) -> None:
     with pytest.raises(RuntimeError, match="another vLLM engine is open"):
         open_engine(opened.directory)
