@@ -4,24 +4,48 @@
 
 The work is that of step_vs_trl.py: 64 completions of 1024 tokens a step. The gap is the mean over their tokens of
 |log-prob of vLLM - log-prob of the trainer|, nats, before the step's update. Each base runs in a process of its own.
+
+A base in 4 bits is also another policy, whose log-probs may take roundings better or worse. So its peer is the policy
+of exactly its values in bf16: what is between these two is the 4-bit kernels' doing.
 """
 
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 from statistics import mean
+from tempfile import TemporaryDirectory
 
+import torch
+from colora.kernels import fp4, nf4
 from common import Report, parser
+from safetensors.torch import load_file, save_file
 from step_vs_unsloth import measure_ours
 
 GAP = "sampling/sampling_logp_difference/mean"
 
 
-def add_figures(report: Report, gaps: dict[str, list[float]]) -> None:
-    """The mean over the steps, of bf16 (`auto`) first: it is the others' bar."""
+def values_in_bf16(checkpoint: Path, base: str, directory: Path, device: str = "cuda") -> Path:
+    """Write a dense checkpoint's policy as `base` holds it, in bf16: matrices of layers are rounded, others are not."""
+    of_base = {"nf4": nf4, "fp4": fp4}[base]
+    copytree(checkpoint, directory, ignore=ignore_patterns("*.safetensors"))
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if ".layers." in name and tensor.ndim == 2:
+                tensors[name] = of_base.dequantize(of_base.quantize(tensor.to(device)), torch.bfloat16).cpu()
+        save_file(tensors, directory / shard.name, {"format": "pt"})
+    return directory
+
+
+def add_figures(report: Report, gaps: dict[str, list[float]], peers: dict[str, list[float]]) -> None:
+    """The mean over the steps, of bf16 (`auto`) first: it is the others' bar. `peers`: with their values in bf16."""
     for base, steps in gaps.items():
-        name = "bf16" if base == "auto" else base
-        bar = {} if base == "auto" else {"bar": round(mean(gaps["auto"]), 5), "bar_is": "bf16's gap, same run"}
+        name, more = ("bf16", {}) if base == "auto" else (base, {"bar": round(mean(gaps["auto"]), 5)})
+        if base != "auto":
+            more["bar_is"] = "the gap on the base in bf16, same run"
+        if base in peers:
+            more["peers"] = {f"{base}'s values in bf16": round(mean(peers[base]), 5)}
         spread = round(max(steps) / min(steps) - 1, 3)
-        report.add(f"{name}.logprob_gap.4b", mean(steps), "nats", "lower", spread=spread, repeats=len(steps), **bar)
+        report.add(f"{name}.logprob_gap.4b", mean(steps), "nats", "lower", spread=spread, repeats=len(steps), **more)
 
 
 def main() -> None:
@@ -30,11 +54,19 @@ def main() -> None:
     options.add_argument("--bases", nargs="+", choices=["nf4", "fp4"], default=["nf4", "fp4"])
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     arguments = options.parse_args()
-    report, gaps = Report("logprob_gap", arguments), {}
+
+    def measured(checkpoint: Path, base: str) -> list[float]:
+        logs = measure_ours(checkpoint, base, arguments.tokens_per_microbatch)["logs"]
+        return [step[GAP] for step in logs]
+
+    report, gaps, peers = Report("logprob_gap", arguments), {}, {}
     for base in ("auto", *arguments.bases):
-        logs = measure_ours(arguments.checkpoint, base, arguments.tokens_per_microbatch)["logs"]
-        gaps[base] = [step[GAP] for step in logs]
-        add_figures(report, gaps)
+        gaps[base] = measured(arguments.checkpoint, base)
+        add_figures(report, gaps, peers)
+    for base in arguments.bases:
+        with TemporaryDirectory() as directory:
+            peers[base] = measured(values_in_bf16(arguments.checkpoint, base, Path(directory, base)), "auto")
+        add_figures(report, gaps, peers)
     print(report.write())
 
 

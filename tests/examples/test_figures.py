@@ -74,6 +74,11 @@ def test_a_plot_is_shown(table: ModuleType, tmp_path: Path) -> None:
     assert "![decode](../benchmarks/results/decode.png)" in (tmp_path / "page.md").read_text()
 
 
+def test_a_note_is_shown(table: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "decode.json").write_text(json.dumps(RESULT | {"note": "Rows of 128 are left out."}))
+    assert "torch 2.13.0.\n\nRows of 128 are left out.\n\n| figure" in table.page(tmp_path)
+
+
 def test_no_figures(table: ModuleType, tmp_path: Path) -> None:
     assert table.page(tmp_path) == f"{table.TITLE}\n\nNothing yet.\n"
 
@@ -106,18 +111,3 @@ def test_the_errors_of_fp4_alone_have_a_file_of_their_own(
     content = json.loads(written.read_text())
     assert (written.name, content["script"]) == ("fp4_errors.json", "benchmarks/fp4.py")
     assert "fp4.quantisation_error.gaussian" in {row["figure"] for row in content["rows"]}
-
-
-def test_a_gap_s_bar_is_that_of_bf16_in_the_same_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: ModuleType
-) -> None:
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    gap = benchmark(root, "logprob_gap")
-    report = gap.Report("logprob_gap", Namespace(results=tmp_path, commit="abc"), on_cpu=True)
-    gap.add_figures(report, {"auto": [0.02, 0.022], "nf4": [0.022, 0.022], "fp4": [0.019, 0.021]})
-    rows = {row["figure"]: (row["value"], table.verdict(row)) for row in report.rows}
-    assert rows == {
-        "bf16.logprob_gap.4b": (0.021, ""),
-        "nf4.logprob_gap.4b": (0.022, "missed"),
-        "fp4.logprob_gap.4b": (0.02, "met"),
-    }
