@@ -3,12 +3,15 @@
     python benchmarks/logprob_gap.py CHECKPOINT
 
 The work is that of step_vs_trl.py: 64 completions of 1024 tokens a step. The gap is the mean over their tokens of
-|log-prob of vLLM - log-prob of the trainer|, nats, before the step's update. Each base runs in a process of its own.
+|log-prob of vLLM - log-prob of the trainer|, nats, before the step's update. Each base runs in a process of its own;
+nothing is timed, so some may run side by side (`--at-once`).
 
 A base in 4 bits is also another policy, whose log-probs may take roundings better or worse. So its peer is the policy
 of exactly its values in bf16: what is between these two is the 4-bit kernels' doing.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from statistics import mean
@@ -48,25 +51,26 @@ def add_figures(report: Report, gaps: dict[str, list[float]], peers: dict[str, l
         report.add(f"{name}.logprob_gap.4b", mean(steps), "nats", "lower", spread=spread, repeats=len(steps), **more)
 
 
+def measured(checkpoint: Path, base: str, tokens_per_microbatch: int) -> list[float]:
+    return [step[GAP] for step in measure_ours(checkpoint, base, tokens_per_microbatch)["logs"]]
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("checkpoint", type=Path)
     options.add_argument("--bases", nargs="+", choices=["nf4", "fp4"], default=["nf4", "fp4"])
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
+    options.add_argument("--at-once", type=int, default=1, help="processes that share the card")
     arguments = options.parse_args()
-
-    def measured(checkpoint: Path, base: str) -> list[float]:
-        logs = measure_ours(checkpoint, base, arguments.tokens_per_microbatch)["logs"]
-        return [step[GAP] for step in logs]
-
-    report, gaps, peers = Report("logprob_gap", arguments), {}, {}
-    for base in ("auto", *arguments.bases):
-        gaps[base] = measured(arguments.checkpoint, base)
-        add_figures(report, gaps, peers)
-    for base in arguments.bases:
-        with TemporaryDirectory() as directory:
-            peers[base] = measured(values_in_bf16(arguments.checkpoint, base, Path(directory, base)), "auto")
-        add_figures(report, gaps, peers)
+    report = Report("logprob_gap", arguments)
+    gap = partial(measured, tokens_per_microbatch=arguments.tokens_per_microbatch)
+    with TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.at_once) as pool:
+        gaps = {base: pool.submit(gap, arguments.checkpoint, base) for base in ("auto", *arguments.bases)}
+        peers = {
+            base: pool.submit(gap, values_in_bf16(arguments.checkpoint, base, Path(directory, base)), "auto")
+            for base in arguments.bases
+        }
+        add_figures(report, *({base: run.result() for base, run in runs.items()} for runs in (gaps, peers)))
     print(report.write())
 
 
