@@ -49,6 +49,11 @@ def rows_of_program(rows: int) -> int:
     return max(8, triton.next_power_of_2(rows))
 
 
+def program_rows(rows: int, together: bool) -> int:
+    """The same where warps multiply together, which takes 16 rows at least."""
+    return max(16, rows_of_program(rows)) if together else rows_of_program(rows)
+
+
 @cache
 def _all_counters(device: torch.device) -> Tensor:
     """The zeros that launches on a device share: [0] those of launches made one by one, [1] of those in CUDA graphs."""

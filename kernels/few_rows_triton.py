@@ -26,19 +26,6 @@ def fetch(address):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def multiplied(total, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """total, once the tensor cores are done with the product that it is the result of.
-
-    Until then they read weights from registers, and where nothing uses the result within a step of the loop, Triton 3.6
-    lets the next step write to these registers too early (triton-lang/triton#9433).
-    """
-    if PLAIN:
-        return total
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _sum_of_splits(  # type: ignore[no-untyped-def]
     total, partial, arrived, split, splits, at, size, there, A_THREAD: tl.constexpr
 ):  # fmt: skip

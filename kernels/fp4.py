@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .words import in_columns, in_words
+
 BLOCK = 32  # weights that share a scale
 CHUNK = 64  # weights that a kernel decodes at a time; a row is a whole number of chunks
 ROW_CHUNK_ELEMENTS = 2**22  # weights that are decoded or encoded at a time
@@ -51,8 +53,7 @@ class FP4Tensor:
     """A quantised matrix (out, in), or several stacked by rows: every row stands alone.
 
     Attributes:
-        codes: (out, in / 2) uint8; four bytes are a word, the lowest first, of eight consecutive weights of the row,
-            see `pack_codes`.
+        codes: (out, in / 2) uint8; four bytes are a word, the lowest first, of eight weights, see `words`.
         scale_codes: (out, in / 32) uint8.
         row_scales: (out,) fp32, powers of two.
     """
@@ -202,24 +203,22 @@ def dequantize_reference(fp4: FP4Tensor, dtype: torch.dtype, out: Tensor | None 
 
 def pack_codes(codes: Tensor) -> Tensor:
     """(n, in) uint8 below 16 -> (n, in / 2) uint8, see `FP4Tensor.codes`."""
-    rows = codes.shape[0]
-    eight = codes.view(rows, -1, 8).long()
-    words = torch.zeros_like(eight[..., 0])
+    eights = in_words(codes).long()
+    words = torch.zeros_like(eights[..., 0])
     for which, places in enumerate(_BIT):
         for bit, place in enumerate(places):
-            words |= (eight[..., which] >> bit & 1) << place
+            words |= (eights[..., which] >> bit & 1) << place
     return words.to(torch.int32).view(torch.uint8)
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """(n, in / 2) uint8 -> (n, in) uint8 below 16, the inverse of `pack_codes`."""
-    rows = packed.shape[0]
     words = packed.contiguous().view(torch.int32)
     codes = torch.zeros(*words.shape, 8, dtype=torch.uint8, device=packed.device)
     for which, places in enumerate(_BIT):
         for bit, place in enumerate(places):
             codes[..., which] |= ((words >> place & 1) << bit).to(torch.uint8)
-    return codes.view(rows, -1)
+    return in_columns(codes)
 
 
 def row_chunks(out_features: int, in_features: int) -> list[slice]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
+from .few_rows_adapter import Adapter, launch_arguments, program_rows, takes
 from .fp4 import CHUNK, FP4Tensor
 from .fp4_linear_triton import fp4_linear_kernel
 
@@ -20,10 +20,9 @@ class Config:
     """How the product of one shape and number of rows is cut up.
 
     Attributes:
-        outs: rows of W of a program.
-        warps: of a program; `outs * sharing` is at least 16 times as many.
-        sharing: warps that have the same rows of W and different columns of a step, at most two for each chunk; 0 where
-            warps multiply in groups of four, which have the same x.
+        outs: rows of W of a program, 16 for each warp at least.
+        warps: of a program.
+        together: whether warps multiply in groups of four, which have the same x, or each on its own.
         chunks: of 64 columns that a step loads and multiplies: 1, 2 or 4.
         buffers: steps whose codes are in shared memory or on their way to it.
         registers: of a thread, at most, so that more programs run at a time; None for as many as it takes.
@@ -32,7 +31,7 @@ class Config:
 
     outs: int
     warps: int
-    sharing: int
+    together: bool
     chunks: int
     buffers: int
     registers: int | None
@@ -55,17 +54,17 @@ def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | No
     The dtype is bf16; fp16 as well in Triton's interpreter.
     """
     rows, in_features = x.shape
+    row_chunks = in_features // CHUNK
     chunks = step_chunks(in_features, config.chunks)
-    sharing = min(config.sharing, 2 * chunks)
-    warps = min(config.warps, config.outs // 16 * sharing) if sharing else config.warps
-    steps = in_features // CHUNK // chunks
+    word = max(chunks, math.gcd(2, row_chunks))  # less than four bytes are not copied to shared memory ahead of time
+    steps = row_chunks // chunks
     splits = min(config.splits, steps)
     grid, arguments = launch_arguments(x, bias, adapter, fp4.shape[0], config.outs, splits, MAX_ROWS)
     fp4_linear_kernel[grid](
-        codes=fp4.codes.view(torch.int32), scale_words=fp4.scale_codes.view(_WORDS[chunks]), row_scales=fp4.row_scales,
-        row_words=in_features // 8, row_steps=steps, **arguments,
-        ROWS=rows_of_program(rows), CHUNKS=chunks, WARPS=warps, SHARING=sharing, num_warps=warps,
-        num_stages=config.buffers + 1, maxnreg=config.registers,
+        codes=fp4.codes.view(torch.int32), scale_words=fp4.scale_codes.view(_WORDS[word]), row_scales=fp4.row_scales,
+        row_words=in_features // 8, row_scale_words=row_chunks // word, row_steps=steps, **arguments,
+        ROWS=program_rows(rows, config.together), CHUNKS=chunks, WORD=word, WARPS=config.warps,
+        TOGETHER=config.together, num_warps=config.warps, num_stages=config.buffers + 1, maxnreg=config.registers,
     )  # fmt: skip
     out: Tensor = arguments["out"]
     return out

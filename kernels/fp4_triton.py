@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fp4 import CHUNK, FP4Tensor
+from .words_triton import in_columns
 
 _CHUNKS = 128  # of a program of `_dequantize`
 _PAIRS = 0x81C081C0  # sign, exponent and mantissa of two bf16
@@ -84,8 +85,8 @@ def _dequantize(  # type: ignore[no-untyped-def]
     packed = tl.load(words + chunk[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :])
     scales = (tl.load(scale_pairs + chunk).to(tl.int32)[:, None] >> (tl.arange(0, 8) // 4 * 8)[None, :]) & 255
     exact: tl.constexpr = tl.float32 if PLAIN else tl.bfloat16
-    eights = tl.permute(decode(packed, scales, exact, PLAIN), (0, 1, 4, 3, 2))
-    weight = tl.reshape(eights, (CHUNKS, 64)) * tl.load(row_scales + row)[:, None].to(exact)
+    eights = in_columns(decode(packed, scales, exact, PLAIN))
+    weight = eights * tl.load(row_scales + row)[:, None].to(exact)
     start = row.to(tl.int64) * out_stride + (chunk - row * row_chunks) * 64
     tl.store(out + start[:, None] + tl.arange(0, 64)[None, :], weight.to(out.dtype.element_ty))
 

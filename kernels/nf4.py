@@ -8,10 +8,9 @@ multiply-add, each operation rounded,
     absmax = DYNAMIC_MAP[scale_code] * group_scale + offset,   weight = CODEBOOK[code] * absmax,
 and is then rounded to the compute dtype: what `bitsandbytes.functional.dequantize_4bit` gives.
 
-The bytes lie differently from bitsandbytes', so that a kernel decodes two runs of 32 columns without shuffling, in the
-order in which the tensor cores take them (see `pack_codes`), and a range of rows is a storage of its own, which is what
-fused projections need. Bits a weight: 4 + 8/64 + 32/16384 + 64/in,
-4.14 for 4096 inputs.
+The bytes lie differently from bitsandbytes', so that a kernel decodes weights where the tensor cores take them (see
+`words`), and a range of rows is a storage of its own, which is what fused projections need. Bits a weight:
+4 + 8/64 + 32/16384 + 64/in, 4.14 for 4096 inputs.
 
 Rounding follows bitsandbytes' CUDA kernels (csrc, kQuantizeBlockwise): the block is multiplied by the fp32 reciprocal
 of its absmax, not divided by it; a code counts up where the product is *above* the midpoint of two values; a scale
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .words import in_columns, in_words
 
 BLOCK = 64  # weights that share an absmax
 GROUP = 256  # consecutive blocks that share a group scale
@@ -75,8 +76,8 @@ class NF4Tensor:
     """A quantised matrix (out, in), or several stacked by rows, each with its own offset and groups.
 
     Attributes:
-        codes: (out, in / 2) uint8; byte 32 b + i holds weight 64 b + c of its row in the low nibble and 64 b + 32 + c
-            in the high one, where c = 4 (i // 2 % 8) + 2 (i // 16) + i % 2.
+        codes: (out, in / 2) uint8; four bytes are a word of eight weights, see `words`: the first four in the low
+            nibbles, the others in the high ones.
         scale_codes: (out, in / 64) uint8, indices into DYNAMIC_MAP.
         group_scales: (groups,) fp32, those of all stacked matrices one after the other.
         group_start: (out,) int32: the index, in its matrix, of the row's first block, plus 256 times the index of the
@@ -253,20 +254,15 @@ def dequantize_reference(nf4: NF4Tensor, dtype: torch.dtype, out: Tensor | None 
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """(n, in) uint8 below 16 -> (n, in / 2) uint8, see `NF4Tensor.codes`.
-
-    Of 32 columns a thread of a tensor-core product holds, of either operand, four that are adjacent and the four that
-    are 16 further on. With the bytes in this order those are the weights of columns 8 t to 8 t + 7: of the other
-    operand, which lies in memory by columns, a thread reads 16 adjacent bytes into registers that need no moving.
-    """
-    halves = codes.view(codes.shape[0], -1, 2, 8, 2, 2)  # block, nibble, and then a column's i // 2 % 8, i // 16, i % 2
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).transpose(2, 3).reshape(codes.shape[0], -1)
+    """(n, in) uint8 below 16 -> (n, in / 2) uint8, see `NF4Tensor.codes`."""
+    words = in_words(codes)
+    return (words[..., :4] | words[..., 4:] << 4).reshape(codes.shape[0], -1)
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """(n, in / 2) uint8 -> (n, in) uint8 below 16, the inverse of `pack_codes`."""
-    halves = packed.view(packed.shape[0], -1, 2, 8, 2).transpose(2, 3)
-    return torch.stack((halves & 15, halves >> 4), dim=2).view(packed.shape[0], -1)
+    words = packed.view(packed.shape[0], -1, 4)
+    return in_columns(torch.cat((words & 15, words >> 4), dim=-1))
 
 
 def row_chunks(out_features: int, in_features: int) -> list[slice]:

@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
+from .few_rows_adapter import Adapter, launch_arguments, program_rows, takes
 from .nf4 import BLOCK, NF4Tensor
 from .nf4_linear_triton import nf4_linear_kernel
 from .nf4_triton import decoding_tables
 
 DTYPES = (torch.bfloat16, torch.float16)  # of x
 MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
-_COLUMNS = 256 * BLOCK  # of a program: so few that they are of at most two groups of scales
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # as many scale codes as divide those of a row
 
 
@@ -22,19 +20,19 @@ class Config:
     """How the product of one shape and number of rows is cut up.
 
     Attributes:
-        outs: rows of W of a program.
+        outs: rows of W of a program, 16 for each warp at least.
         warps: of a program.
-        sharing: warps that have the same rows of W, at least 16, and different columns of a step; 0 where warps
-            multiply in groups of four, which have the same x.
-        blocks: of 64 columns that a step loads and multiplies, at most 4.
-        buffers: steps whose codes are in shared memory or on their way to it.
+        together: whether warps multiply in groups of four, which have the same x, or each on its own.
+        blocks: of 64 columns that a step loads and multiplies: 1, 2 or 4.
+        buffers: steps whose codes are in shared memory or on their way to it. The scales of a step are found in two
+            loads, one of which waits for the other, so a load is half as many steps ahead.
         registers: of a thread, at most, so that more programs run at a time; None for as many as it takes.
-        splits: programs that share a tile's columns.
+        splits: programs that share a tile's columns; of no more steps than there are.
     """
 
     outs: int
     warps: int
-    sharing: int
+    together: bool
     blocks: int
     buffers: int
     registers: int | None
@@ -61,18 +59,16 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
     rows, in_features = x.shape
     row_blocks, word = in_features // BLOCK, _word(in_features)
     blocks = step_blocks(in_features, config.blocks)
-    sharing = min(config.sharing, blocks)
-    warps = min(config.warps, config.outs // 16 * sharing) if sharing else config.warps
-    codes = nf4.codes if sharing else nf4.codes.view(torch.int32)
     steps = row_blocks // blocks
-    splits = max(min(config.splits, steps), triton.cdiv(steps, _COLUMNS // BLOCK // blocks))
+    splits = min(config.splits, steps)
     grid, arguments = launch_arguments(x, bias, adapter, nf4.shape[0], config.outs, splits, MAX_ROWS)
     nf4_linear_kernel[grid](
-        codes=codes, row_codes=codes.shape[1], scale_words=nf4.scale_codes.view(_WORDS[word]),
+        codes=nf4.codes.view(torch.int32), scale_words=nf4.scale_codes.view(_WORDS[word]),
         group_scales=nf4.group_scales, group_start=nf4.group_start, offset=nf4.offset,
-        tables=decoding_tables(x.device), row_words=row_blocks // word, row_steps=steps, **arguments,
-        ROWS=rows_of_program(rows), WORD=word, BLOCKS=blocks, WARPS=warps, SHARING=sharing,
-        num_warps=warps, num_stages=config.buffers + 1, maxnreg=config.registers, enable_fp_fusion=False,
+        tables=decoding_tables(x.device), row_words=in_features // 8, row_scale_words=row_blocks // word,
+        row_steps=steps, **arguments, ROWS=program_rows(rows, config.together), WORD=word, BLOCKS=blocks,
+        WARPS=config.warps, TOGETHER=config.together, num_warps=config.warps, num_stages=config.buffers + 1,
+        maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     out: Tensor = arguments["out"]
     return out

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .nf4 import BLOCK, CODEBOOK, DYNAMIC_MAP, HALF, NF4Tensor
+from .words_triton import in_columns
 
 _DEQUANTIZED, _QUANTIZED = 128, 64  # blocks of a program
 
@@ -39,41 +40,36 @@ def _lane_values() -> str:
     )
 
 
-def _decode_four_bytes(packed_type: str, halves: bool) -> str:
-    """PTX of the weights of four bytes: those of the low nibbles, then those of the high ones.
+def _decode_word(packed_type: str) -> str:
+    """PTX: $8 four bytes, $9 their absmax -> $0 to $7, the weights of the low nibbles, then those of the high ones.
 
     Args:
         packed_type: of two weights.
-        halves: $4 the bytes, $5 their absmax -> $0 to $3 of two weights each; else $8, $9 -> $0 to $7 of one each.
     """
-    word, absmax = ("$4", "$5") if halves else ("$8", "$9")
     lines = [".reg .b32 code<8>, pair<4>; .reg .f32 value<8>;"]
     for weight in range(8):
         shift = 8 * weight if weight < 4 else 8 * (weight - 4) + 4
         lines += [
-            f"shr.u32 code{weight}, {word}, {shift};",  # the shuffle takes the lowest bits; 16 lanes repeat the others
+            f"shr.u32 code{weight}, $8, {shift};",  # the shuffle takes the lowest bits; 16 lanes repeat the others
             f"shfl.sync.idx.b32 value{weight}, nf4_value, code{weight}, 0x1f, 0xffffffff;",
-            f"mul.rn.f32 value{weight}, value{weight}, {absmax};",
+            f"mul.rn.f32 value{weight}, value{weight}, $9;",
         ]
     for i in range(4):
         lines.append(f"cvt.rn.{packed_type}.f32 pair{i}, value{2 * i + 1}, value{2 * i};")
-        lines.append(f"mov.b32 ${i}, pair{i};" if halves else f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, pair{i};")
+        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, pair{i};")
     return "{ " + " ".join(lines) + " }"
 
 
 _PREPARE = tl.constexpr(_lane_values())
-_DECODE_BF16 = tl.constexpr(_decode_four_bytes("bf16x2", halves=True))
-_DECODE_FP16 = tl.constexpr(_decode_four_bytes("f16x2", halves=True))
-_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f")
-_DECODE_WORD_BF16 = tl.constexpr(_decode_four_bytes("bf16x2", halves=False))
-_DECODE_WORD_FP16 = tl.constexpr(_decode_four_bytes("f16x2", halves=False))
-_WORD_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,f")
+_DECODE_BF16 = tl.constexpr(_decode_word("bf16x2"))
+_DECODE_FP16 = tl.constexpr(_decode_word("f16x2"))
+_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,f")
 _EIGHT = tl.constexpr((tl.int16,) * 8)
 
 
 @triton.jit
 def prepare_decoding(PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """To be called once in a kernel before it calls `decode`, `decode_halves` or `decode_words`, by every thread."""
+    """To be called once in a kernel before it calls `decode`, by every thread."""
     if not PLAIN:
         tl.inline_asm_elementwise(_PREPARE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -85,33 +81,12 @@ def _value(word, absmax, tables, shift: tl.constexpr, dtype: tl.constexpr):  # t
 
 
 @triton.jit
-def decode_halves(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes and the absmax of each, two shapes that broadcast -> the weights of the low and of the high nibbles.
-
-    The absmax of four codes in a row must be the same.
-    PLAIN: without assembly, for the interpreter and for fp32; `tables` as `decoding_tables` makes it.
-    """
-    if PLAIN:
-        byte = codes.to(tl.int32)
-        low, high = _value(byte, absmax, tables, 0, dtype), _value(byte, absmax, tables, 4, dtype)
-    elif dtype == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            _DECODE_BF16, _OPERANDS, [codes, absmax], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    else:
-        low, high = tl.inline_asm_elementwise(
-            _DECODE_FP16, _OPERANDS, [codes, absmax], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
-    return low, high
-
-
-@triton.jit
-def decode_words(words, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+def decode(words, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """int32 words of four bytes of codes, and the absmax of each: two shapes that broadcast -> weights of dtype.
 
     They have three more dimensions of 2: byte b's low nibble is at [..., b % 2, b // 2, 0], its high one at [..., 1].
     A word is one element, so that the layout in which a lane holds its elements does not matter.
-    PLAIN: as in `decode_halves`.
+    PLAIN: without assembly, for the interpreter and for fp32; `tables` as `decoding_tables` makes it.
     """
     if PLAIN:
         w0, w1 = _value(words, absmax, tables, 0, dtype), _value(words, absmax, tables, 8, dtype)
@@ -120,22 +95,14 @@ def decode_words(words, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr
         w6, w7 = _value(words, absmax, tables, 20, dtype), _value(words, absmax, tables, 28, dtype)
     elif dtype == tl.bfloat16:
         w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-            _DECODE_WORD_BF16, _WORD_OPERANDS, [words, absmax], dtype=_EIGHT, is_pure=True, pack=1
+            _DECODE_BF16, _OPERANDS, [words, absmax], dtype=_EIGHT, is_pure=True, pack=1
         )
     else:
         w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-            _DECODE_WORD_FP16, _WORD_OPERANDS, [words, absmax], dtype=_EIGHT, is_pure=True, pack=1
+            _DECODE_FP16, _OPERANDS, [words, absmax], dtype=_EIGHT, is_pure=True, pack=1
         )
     low, high = tl.join(tl.join(w0, w1), tl.join(w2, w3)), tl.join(tl.join(w4, w5), tl.join(w6, w7))
     return tl.join(low, high).to(dtype, bitcast=not PLAIN)
-
-
-@triton.jit
-def decode(codes, absmax, tables, dtype: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes (n, 32) of one block a row and absmax (n,) -> weights (n, 64) of dtype; see `decode_halves`."""
-    low, high = decode_halves(codes, absmax[:, None], tables, dtype, PLAIN)
-    both = tl.reshape(tl.join(low, high), (codes.shape[0], 2, 8, 2, 2))
-    return tl.reshape(tl.permute(both, (0, 4, 2, 1, 3)), (codes.shape[0], 64))
 
 
 @cache
@@ -152,7 +119,7 @@ def _midpoints(device: torch.device) -> Tensor:
 
 @triton.jit
 def _dequantize(  # type: ignore[no-untyped-def]
-    codes, scale_codes, group_scales, group_start, offset, tables, out, all_blocks, row_blocks, out_stride,
+    words, scale_codes, group_scales, group_start, offset, tables, out, all_blocks, row_blocks, out_stride,
     BLOCKS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     prepare_decoding(PLAIN)
@@ -162,8 +129,9 @@ def _dequantize(  # type: ignore[no-untyped-def]
     in_row = block - row * row_blocks
     group = (tl.load(group_start + row) + in_row) >> 8
     scale = tl.load(tables + tl.load(scale_codes + block).to(tl.int32)) * tl.load(group_scales + group)
-    packed = tl.load(codes + block[:, None].to(tl.int64) * 32 + tl.arange(0, 32)[None, :])
-    weight = decode(packed, scale + tl.load(offset + row), tables, out.dtype.element_ty, PLAIN)
+    absmax = (scale + tl.load(offset + row))[:, None]
+    packed = tl.load(words + block[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :])
+    weight = in_columns(decode(packed, absmax, tables, out.dtype.element_ty, PLAIN))
     first = row.to(tl.int64) * out_stride + in_row * 64
     tl.store(out + first[:, None] + tl.arange(0, 64)[None, :], weight)
 
@@ -173,9 +141,9 @@ def _quantize_blocks(weight, midpoints, codes, absmax, blocks, BLOCKS: tl.conste
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = (block < blocks)[:, None]
     byte = tl.arange(0, 32)[None, :]
-    column = byte // 2 % 8 * 4 + byte // 16 * 2 + byte % 2
+    column = byte // 16 * 32 + byte // 2 % 2 * 8 + byte // 4 % 4 * 2 + byte % 2
     low = tl.load(weight + block[:, None] * 64 + column, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(weight + block[:, None] * 64 + 32 + column, mask=there, other=0.0).to(tl.float32)
+    high = tl.load(weight + block[:, None] * 64 + 16 + column, mask=there, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     reciprocal = tl.div_rn(
         tl.full(largest.shape, 1.0, tl.float32), tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32))
@@ -197,7 +165,8 @@ def dequantize(nf4: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
     rows, row_blocks = nf4.scale_codes.shape
     if rows:
         _dequantize[(triton.cdiv(rows * row_blocks, _DEQUANTIZED),)](
-            *nf4.tensors(), decoding_tables(nf4.device), out, rows * row_blocks, row_blocks, out.stride(0),
+            nf4.codes.view(torch.int32), *nf4.tensors()[1:], decoding_tables(nf4.device), out,
+            rows * row_blocks, row_blocks, out.stride(0),
             BLOCKS=_DEQUANTIZED, PLAIN=not out.is_cuda or dtype == torch.float32, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

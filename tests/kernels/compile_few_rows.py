@@ -33,8 +33,8 @@ def resource_usage(
 
     Returns:
         `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes, "instructions" of the loop, how many of
-        these are "spills", and "pending": how many products the tensor cores may still be busy with, at most, where the
-        program waits for them.
+        these are "spills", how many "stores" of registers to shared memory, and "pending": how many products the tensor
+        cores may still be busy with, at most, where the program waits for them.
     """
     sizes = CONSTANTS | {"DOWN_ROWS": min(64, sizes["ROWS"])} | sizes
     options = {"num_warps": sizes["WARPS"], "launch_pdl": True} | options
@@ -83,6 +83,7 @@ def _usage(
         "shared": made.metadata.shared,
         "instructions": len(loop),
         "spills": sum("LDL" in line or "STL" in line for line in loop),
+        "stores": sum(" STS" in line for line in loop),
     }
     return found | {field: int(number) for field, number in fields if number.isdecimal()}
 

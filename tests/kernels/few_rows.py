@@ -11,8 +11,8 @@ from torch import Tensor
 
 W = TypeVar("W", fp4.FP4Tensor, nf4.NF4Tensor)
 CONFIGS = {
-    fp4.FP4Tensor: fp4_few_rows.Config(outs=64, warps=4, sharing=1, chunks=4, buffers=2, registers=None, splits=1),
-    nf4.NF4Tensor: nf4_few_rows.Config(outs=64, warps=4, sharing=1, blocks=4, buffers=2, registers=None, splits=1),
+    fp4.FP4Tensor: fp4_few_rows.Config(outs=64, warps=4, together=False, chunks=4, buffers=2, registers=None, splits=1),
+    nf4.NF4Tensor: nf4_few_rows.Config(outs=64, warps=4, together=False, blocks=4, buffers=2, registers=None, splits=1),
 }
 LAUNCHES = {fp4.FP4Tensor: fp4_few_rows.launch, nf4.NF4Tensor: nf4_few_rows.launch}
 

@@ -130,11 +130,8 @@ def test_candidates_can_be_launched(name: str, rows: int, shape: tuple[int, int]
     found = KERNELS[name].candidates(shape, rows, 132)
     assert len(set(found)) == len(found) > 0
     for config in found:
-        if config.sharing:
-            assert config.outs * config.sharing >= 16 * config.warps, "a warp multiplies 16 rows at least"
-            assert config.warps % config.sharing == 0
-        else:
-            assert config.warps % 4 == 0, "warps multiply together by fours"
+        assert config.outs >= 16 * config.warps, "a warp multiplies 16 rows of W at least"
+        assert not config.together or config.warps % 4 == 0, "warps multiply together by fours"
         assert 1 <= config.splits <= shape[1] // 64, "a split has 64 columns at least"
 
 

@@ -55,10 +55,11 @@ def test_every_weight_is_exact_in_bf16() -> None:
 def test_packing_is_a_permutation_of_the_bits() -> None:
     codes = torch.randint(0, 16, (5, 192), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert torch.equal(fp4.unpack_codes(fp4.pack_codes(codes)), codes)
-    single = torch.zeros(32, 8, dtype=torch.uint8)
-    single[torch.arange(32), torch.arange(32) // 4] = (1 << torch.arange(32) % 4).to(torch.uint8)
+    single = torch.zeros(128, 32, dtype=torch.uint8)
+    single[torch.arange(128), torch.arange(128) // 4] = (1 << torch.arange(128) % 4).to(torch.uint8)
     words = fp4.pack_codes(single).view(torch.int32).long() % 2**32
-    assert sorted(words.flatten().tolist()) == [2**bit for bit in range(32)]
+    assert ((words > 0).sum(1) == 1).all(), "each bit of a code is one bit of one word"
+    assert [sorted(word[word > 0].tolist()) for word in words.T] == [[2**bit for bit in range(32)]] * 4
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -68,13 +68,12 @@ CASES = {
 WAYS = {
     "plain": {},
     "splits": {"splits": 3},
-    "sharing": {"outs": 32, "sharing": 2},
-    "all_warps_share_and_splits": {"outs": 16, "sharing": 4, "splits": 2, "chunks": 2},
-    "more_threads_than_sums": {"outs": 16, "warps": 8, "sharing": 8, "splits": 2},
-    "few_chunks": {"chunks": 1, "warps": 2},
+    "few_chunks": {"chunks": 1, "outs": 32, "warps": 2},
     "one_warp": {"outs": 16, "warps": 1},
-    "together": {"sharing": 0},
-    "together_few_chunks_and_splits": {"sharing": 0, "chunks": 1, "warps": 8, "splits": 2},
+    "more_threads_than_sums": {"outs": 128, "warps": 8, "splits": 2},
+    "together": {"together": True},
+    "together_two_chunks": {"together": True, "chunks": 2},
+    "together_few_chunks_and_splits": {"together": True, "chunks": 1, "outs": 128, "warps": 8, "splits": 2},
 }
 
 
@@ -161,7 +160,7 @@ def test_large_shapes_on_the_card(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows, way", [(8, {}), (128, {"sharing": 0, "chunks": 1})], ids=["few", "together"])
+@pytest.mark.parametrize("rows, way", [(8, {}), (128, {"together": True, "chunks": 1})], ids=["few", "together"])
 def test_products_that_follow_one_another(rows: int, way: dict[str, int]) -> None:
     """Each starts before the one ahead has ended, reads what that wrote and takes memory that it has freed."""
     case = Case(rows, (2048,), 2048, rank=16, parts=((0, 2048, 0, 0),))

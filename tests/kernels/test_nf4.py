@@ -94,14 +94,14 @@ def test_a_group_without_spread_has_code_0() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_packing_is_undone_and_bytes_hold_the_columns_documented(rows: int, blocks: int, seed: int) -> None:
+def test_packing_is_undone_and_nibbles_hold_the_columns_documented(rows: int, blocks: int, seed: int) -> None:
     codes = torch.randint(0, 16, (rows, 64 * blocks), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     packed = nf4.pack_codes(codes)
     assert torch.equal(nf4.unpack_codes(packed), codes)
-    for place, column in ((0, 0), (1, 1), (2, 4), (5, 9), (16, 2), (21, 11), (31, 31)):
-        byte = packed[-1, 32 * (blocks - 1) + place]
-        low, high = codes[-1, 64 * (blocks - 1) + column], codes[-1, 64 * (blocks - 1) + 32 + column]
-        assert (byte & 15, byte >> 4) == (low, high), f"byte {place}"
+    for byte, low, high in ((0, 0, 16), (1, 1, 17), (2, 8, 24), (5, 3, 19), (15, 15, 31), (16, 32, 48), (30, 46, 62)):
+        last = packed[-1, 32 * (blocks - 1) + byte]
+        columns = codes[-1, 64 * (blocks - 1) :]
+        assert (last & 15, last >> 4) == (columns[low], columns[high]), f"byte {byte}"
 
 
 def test_rows_and_columns_are_storages_of_their_own() -> None:

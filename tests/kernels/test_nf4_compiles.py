@@ -1,8 +1,7 @@
 """The NF4 product compiles for a Hopper GPU, ahead of time and without one, as it is meant to.
 
 What the interpreter cannot see: that the assembly assembles, that no register is spilled, that weights go to the tensor
-cores from the registers in which they were decoded (through shared memory, they would need more; only where warps
-multiply in groups of four do they go there, once), that no step of the loop writes to registers from which the cores
+cores from the registers in which they were decoded, that no step of the loop writes to registers from which the cores
 still read.
 """
 
@@ -14,22 +13,21 @@ pytest.importorskip("triton")
 
 from .compile_few_rows import resource_usage
 
-# How it is cut up; programs that the registers of a multiprocessor are to hold; bytes of shared memory: two buffers of
-# codes and of x, and the scales'.
+# How it is cut up; programs that the registers of a multiprocessor are to hold; bytes of shared memory: the buffers of
+# codes, of x and of scales.
 KERNELS = {
-    "few_rows": ({"ROWS": 8, "OUTS": 128, "BLOCKS": 2, "WARPS": 4, "SHARING": 1}, 5, 22 * 2**10),
-    "one_line_of_codes_a_step": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 4, "WARPS": 4, "SHARING": 1}, 5, 26 * 2**10),
-    "warps_that_share_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "WARPS": 4, "SHARING": 2}, 3, 51 * 2**10),
-    "together": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 1, "WARPS": 4, "SHARING": 0}, 3, 28 * 2**10),
-    "most_rows": ({"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "WARPS": 4, "SHARING": 0, "registers": 168}, 3, 52 * 2**10),
-    "most_programs": (
-        {"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "WARPS": 4, "SHARING": 0, "registers": 128},
-        4,
-        52 * 2**10,
+    "few_rows": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 4, "TOGETHER": False, "buffers": 4}, 7, 28 * 2**10),
+    "few_rows_fewer_blocks": ({"ROWS": 8, "OUTS": 128, "BLOCKS": 2, "TOGETHER": False, "buffers": 4}, 5, 24 * 2**10),
+    "32_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "TOGETHER": True, "buffers": 4}, 3, 68 * 2**10),
+    "64_rows": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 2, "TOGETHER": True, "buffers": 2}, 3, 38 * 2**10),
+    "most_rows": (
+        {"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "TOGETHER": True, "buffers": 4, "registers": 168},
+        3,
+        55 * 2**10,
     ),
 }
 POINTERS = dict.fromkeys(["group_scales", "offset", "tables"], "*fp32")
-POINTERS |= {"scale_words": "*i32", "group_start": "*i32"}
+POINTERS |= dict.fromkeys(["codes", "scale_words", "group_start"], "*i32")
 
 
 @pytest.mark.slow
@@ -37,12 +35,12 @@ POINTERS |= {"scale_words": "*i32", "group_start": "*i32"}
 def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
     sizes, programs, shared = KERNELS[name]
     capped = {"maxnreg": sizes["registers"]} if "registers" in sizes else {}
-    constants = {"WORD": 4} | {name: size for name, size in sizes.items() if name != "registers"}
-    codes = {"codes": "*u8" if sizes["SHARING"] else "*i32"}
-    options = {"num_stages": 3, "enable_fp_fusion": False} | capped
-    usage = resource_usage("nf4", constants, POINTERS | codes, options, tmp_path)
+    constants = {"WORD": 4, "WARPS": 4}
+    constants |= {name: size for name, size in sizes.items() if name not in ("buffers", "registers")}
+    options = {"num_stages": sizes["buffers"] + 1, "enable_fp_fusion": False} | capped
+    usage = resource_usage("nf4", constants, POINTERS, options, tmp_path, products=4)
     few = 64 if capped else 0  # bytes, of what the loop does not need
     assert usage["STACK"] <= few and usage["LOCAL"] == usage["spills"] == 0, "registers are spilled"
-    assert usage["REG"] * 32 * sizes["WARPS"] * programs <= 2**16, "too few programs run at a time"
-    assert usage["shared"] <= shared, "the decoded weights go through shared memory"
+    assert usage["REG"] * 128 * programs <= 2**16, "too few programs run at a time"
+    assert usage["shared"] <= shared and usage["stores"] == 0, "decoded weights go through shared memory"
     assert usage["pending"] == 0, "registers are written to while the tensor cores read from them"

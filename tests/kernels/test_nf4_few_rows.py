@@ -66,12 +66,11 @@ def test_equals_the_decoded_weights(case: Case, splits: int, dtype: torch.dtype)
         {"blocks": 1},
         {"blocks": 2, "splits": 2},
         {"outs": 128},
-        {"warps": 2, "registers": 128},
-        {"sharing": 2},
-        {"outs": 32, "sharing": 4},
-        {"sharing": 0},
-        {"sharing": 0, "blocks": 2, "splits": 3},
-        {"sharing": 0, "blocks": 1, "outs": 128, "warps": 8, "registers": 128},
+        {"outs": 32, "warps": 2, "registers": 128},
+        {"outs": 16, "warps": 1},
+        {"together": True},
+        {"together": True, "blocks": 2, "splits": 3},
+        {"together": True, "blocks": 1, "outs": 128, "warps": 8, "registers": 128},
     ],
     ids=str,
 )
@@ -83,14 +82,14 @@ def test_other_ways_to_cut_it_up(name: str, changes: dict[str, object]) -> None:
     assert (run(case, given, **changes).double() - true).norm() / true.norm() < BOUND[torch.float16]
 
 
-@pytest.mark.parametrize("sharing", [1, 0])
-def test_columns_that_each_pick_one_weight(sharing: int) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_columns_that_each_pick_one_weight(together: bool) -> None:
     """x = the identity: the product is the matrix, bit for bit: every code, scale and column is where it should be."""
     case = Case(128, (70, 30), 128)
     for dtype in BOUND:
         given = operands(case, dtype)
         given.x = torch.eye(128, device=DEVICE, dtype=dtype)
-        assert torch.equal(run(case, given, sharing=sharing).T, nf4.dequantize_reference(given.weight, dtype))
+        assert torch.equal(run(case, given, together=together).T, nf4.dequantize_reference(given.weight, dtype))
 
 
 def test_rows_of_a_stacked_matrix_and_of_x() -> None:
@@ -149,7 +148,7 @@ def test_large_shapes_on_the_card(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows, way", [(8, {}), (128, {"sharing": 0, "blocks": 1})], ids=["few", "together"])
+@pytest.mark.parametrize("rows, way", [(8, {}), (128, {"together": True, "blocks": 1})], ids=["few", "together"])
 def test_products_that_follow_one_another(rows: int, way: dict[str, int]) -> None:
     """Each starts before the one ahead has ended, reads what that wrote and takes memory that it has freed."""
     case = Case(rows, (2048,), 2048, 16, ((0, 2048, 0, 0),))
