@@ -42,9 +42,9 @@ def values_in_bf16(checkpoint: Path, base: str, directory: Path, device: str = "
 def add_figures(report: Report, gaps: dict[str, list[float]], peers: dict[str, list[float]]) -> None:
     """The mean over the steps, of bf16 (`auto`) first: it is the others' bar. `peers`: with their values in bf16."""
     for base, steps in gaps.items():
-        name, more = ("bf16", {}) if base == "auto" else (base, {"bar": round(mean(gaps["auto"]), 5)})
+        name, more = "bf16" if base == "auto" else base, {}
         if base != "auto":
-            more["bar_is"] = "the gap on the base in bf16, same run"
+            more |= {"bar": round(mean(gaps["auto"]), 5), "bar_is": "the gap on the base in bf16, same run"}
         if base in peers:
             more["peers"] = {f"{base}'s values in bf16": round(mean(peers[base]), 5)}
         spread = round(max(steps) / min(steps) - 1, 3)
@@ -62,15 +62,19 @@ def main() -> None:
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     options.add_argument("--at-once", type=int, default=1, help="processes that share the card")
     arguments = options.parse_args()
-    report = Report("logprob_gap", arguments)
+    report, gaps, peers = Report("logprob_gap", arguments), {}, {}
     gap = partial(measured, tokens_per_microbatch=arguments.tokens_per_microbatch)
-    with TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.at_once) as pool:
-        gaps = {base: pool.submit(gap, arguments.checkpoint, base) for base in ("auto", *arguments.bases)}
-        peers = {
-            base: pool.submit(gap, values_in_bf16(arguments.checkpoint, base, Path(directory, base)), "auto")
-            for base in arguments.bases
-        }
-        add_figures(report, *({base: run.result() for base, run in runs.items()} for runs in (gaps, peers)))
+
+    def gap_of_values(base: str) -> list[float]:
+        with TemporaryDirectory() as directory:
+            return gap(values_in_bf16(arguments.checkpoint, base, Path(directory, base)), "auto")
+
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        runs = [(gaps, base, pool.submit(gap, arguments.checkpoint, base)) for base in ("auto", *arguments.bases)]
+        runs += [(peers, base, pool.submit(gap_of_values, base)) for base in arguments.bases]
+        for found, base, run in runs:
+            found[base] = run.result()
+            add_figures(report, gaps, peers)  # a run that is cut off keeps what it has measured
     print(report.write())
 
 

@@ -29,8 +29,6 @@ def section(path: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     origin = f"`{content['script']}`, {content['date']}, {content['device']}, commit {content['commit'] or 'unknown'}"
     parts = [f"## {path.stem}", f"{origin}; {versions}."]
-    if "note" in content:  # by hand: of rows that were taken out of the file, and why
-        parts.append(content["note"])
     if path.with_suffix(".png").exists():
         parts.append(f"![{path.stem}](../benchmarks/results/{path.stem}.png)")
     rows = [_row(row) for row in content["rows"]]

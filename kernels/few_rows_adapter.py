@@ -44,14 +44,12 @@ def random_adapter(out_features: int, in_features: int, device: torch.device, ra
     return Adapter(a, b, [(0, out_features, 0, 0)])
 
 
-def rows_of_program(rows: int) -> int:
-    """Rows of x that a program takes, given how many there are; how a product is cut up is chosen by it."""
-    return max(8, triton.next_power_of_2(rows))
+def rows_of_program(rows: int, together: bool = False) -> int:
+    """Rows of x that a program takes, given how many there are; how a product is cut up is chosen by it.
 
-
-def program_rows(rows: int, together: bool) -> int:
-    """The same where warps multiply together, which takes 16 rows at least."""
-    return max(16, rows_of_program(rows)) if together else rows_of_program(rows)
+    together: warps multiply in groups of four, which takes 16 rows at least.
+    """
+    return max(16 if together else 8, triton.next_power_of_2(rows))
 
 
 @cache

@@ -2,8 +2,8 @@
 
 The weights are the M side of the product, in registers: those in which they were decoded (`words`). x, a few rows, is
 its N side. TOGETHER, warps multiply in groups of four with the same x, which the cores read from shared memory (wgmma,
-on Hopper); that takes 16 rows at least. For fewer rows, or another GPU, each warp multiplies weights of its own (a
-batched product, mma.sync) by x in registers.
+on Hopper); fewer than 16 rows are filled up. Or, on any GPU, each warp multiplies weights of its own (a batched
+product, mma.sync) by x in registers.
 """
 
 import triton

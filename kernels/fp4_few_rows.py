@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .few_rows_adapter import Adapter, launch_arguments, program_rows, takes
+from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
 from .fp4 import CHUNK, FP4Tensor
 from .fp4_linear_triton import fp4_linear_kernel
 
@@ -63,7 +63,7 @@ def launch(x: Tensor, fp4: FP4Tensor, bias: Tensor | None, adapter: Adapter | No
     fp4_linear_kernel[grid](
         codes=fp4.codes.view(torch.int32), scale_words=fp4.scale_codes.view(_WORDS[word]), row_scales=fp4.row_scales,
         row_words=in_features // 8, row_scale_words=row_chunks // word, row_steps=steps, **arguments,
-        ROWS=program_rows(rows, config.together), CHUNKS=chunks, WORD=word, WARPS=config.warps,
+        ROWS=rows_of_program(rows, config.together), CHUNKS=chunks, WORD=word, WARPS=config.warps,
         TOGETHER=config.together, num_warps=config.warps, num_stages=config.buffers + 1, maxnreg=config.registers,
     )  # fmt: skip
     out: Tensor = arguments["out"]

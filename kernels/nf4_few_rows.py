@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .few_rows_adapter import Adapter, launch_arguments, program_rows, takes
+from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
 from .nf4 import BLOCK, NF4Tensor
 from .nf4_linear_triton import nf4_linear_kernel
 from .nf4_triton import decoding_tables
@@ -66,7 +66,7 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
         codes=nf4.codes.view(torch.int32), scale_words=nf4.scale_codes.view(_WORDS[word]),
         group_scales=nf4.group_scales, group_start=nf4.group_start, offset=nf4.offset,
         tables=decoding_tables(x.device), row_words=in_features // 8, row_scale_words=row_blocks // word,
-        row_steps=steps, **arguments, ROWS=program_rows(rows, config.together), WORD=word, BLOCKS=blocks,
+        row_steps=steps, **arguments, ROWS=rows_of_program(rows, config.together), WORD=word, BLOCKS=blocks,
         WARPS=config.warps, TOGETHER=config.together, num_warps=config.warps, num_stages=config.buffers + 1,
         maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip

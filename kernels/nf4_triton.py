@@ -141,7 +141,7 @@ def _quantize_blocks(weight, midpoints, codes, absmax, blocks, BLOCKS: tl.conste
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = (block < blocks)[:, None]
     byte = tl.arange(0, 32)[None, :]
-    column = byte // 16 * 32 + byte // 2 % 2 * 8 + byte // 4 % 4 * 2 + byte % 2
+    column = byte // 16 * 32 + byte // 2 % 2 * 8 + byte // 4 % 4 * 2 + byte % 2  # of its low nibble, see `words`
     low = tl.load(weight + block[:, None] * 64 + column, mask=there, other=0.0).to(tl.float32)
     high = tl.load(weight + block[:, None] * 64 + 16 + column, mask=there, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))

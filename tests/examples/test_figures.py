@@ -74,11 +74,6 @@ def test_a_plot_is_shown(table: ModuleType, tmp_path: Path) -> None:
     assert "![decode](../benchmarks/results/decode.png)" in (tmp_path / "page.md").read_text()
 
 
-def test_a_note_is_shown(table: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "decode.json").write_text(json.dumps(RESULT | {"note": "Rows of 128 are left out."}))
-    assert "torch 2.13.0.\n\nRows of 128 are left out.\n\n| figure" in table.page(tmp_path)
-
-
 def test_no_figures(table: ModuleType, tmp_path: Path) -> None:
     assert table.page(tmp_path) == f"{table.TITLE}\n\nNothing yet.\n"
 

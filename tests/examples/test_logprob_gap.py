@@ -1,7 +1,10 @@
 """benchmarks/logprob_gap.py but for its runs on a card: the policies that it compares, and its figures."""
 
 import importlib
+import json
+import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -35,8 +38,27 @@ def test_the_peer_holds_the_base_s_values(gap: ModuleType, tmp_path: Path, base:
 def test_bars_and_peers_are_of_the_same_run(gap: ModuleType, tmp_path: Path) -> None:
     report = gap.Report("logprob_gap", Namespace(results=tmp_path, commit="abc"), on_cpu=True)
     gap.add_figures(report, {"auto": [0.02, 0.022], "nf4": [0.022, 0.022], "fp4": [0.019, 0.021]}, {"nf4": [0.025]})
-    assert [(row["figure"], row["value"], row.get("bar"), row.get("peers")) for row in report.rows] == [
-        ("bf16.logprob_gap.4b", 0.021, None, None),
-        ("nf4.logprob_gap.4b", 0.022, 0.021, {"nf4's values in bf16": 0.025}),
-        ("fp4.logprob_gap.4b", 0.02, 0.021, None),
+    verdict = importlib.import_module("table").verdict
+    assert [(row["figure"], row["value"], row.get("bar"), verdict(row), row.get("peers")) for row in report.rows] == [
+        ("bf16.logprob_gap.4b", 0.021, None, "", None),
+        ("nf4.logprob_gap.4b", 0.022, 0.021, "missed", {"nf4's values in bf16": 0.025}),
+        ("fp4.logprob_gap.4b", 0.02, 0.021, "met", None),
     ]
+
+
+def test_what_is_measured_ahead_of_a_failure_is_kept(
+    gap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(checkpoint: Path, base: str, tokens_per_microbatch: int) -> list[float]:
+        if base == "fp4":
+            raise RuntimeError("out of memory")
+        return [0.02]
+
+    monkeypatch.setattr(gap, "Report", partial(gap.Report, on_cpu=True))
+    monkeypatch.setattr(gap, "measured", measured)
+    monkeypatch.setattr(gap, "values_in_bf16", lambda checkpoint, base, directory: checkpoint)
+    monkeypatch.setattr(sys, "argv", ["logprob_gap.py", "checkpoint", "--results", str(tmp_path), "--at-once", "2"])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gap.main()
+    rows = json.loads((tmp_path / "logprob_gap.json").read_text())["rows"]
+    assert [row["figure"] for row in rows] == ["bf16.logprob_gap.4b", "nf4.logprob_gap.4b"]
