@@ -13,22 +13,14 @@ from .words_triton import in_columns
 
 
 @triton.jit
-def columns_at(  # type: ignore[no-untyped-def]
-    x, rows, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr
-):  # fmt: skip
-    """Where `add_product` finds the first COLUMNS columns of x; a step's are a multiple of them further on.
+def columns_at(x, rows, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(where the first COLUMNS columns of x are, whether the row is one): both (ROWS, COLUMNS), for `add_product`.
 
-    Not TOGETHER, these are tiles of 8 columns of a row, 16 bytes: the first of each 16 columns, and `add_product` loads
-    the others. An instruction that takes eight rows from shared memory then reads adjacent bytes, from every bank.
+    A step's columns are a multiple of COLUMNS further on. Rows beyond the last are the last again.
     """
-    if TOGETHER:
-        row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    else:
-        tile = tl.arange(0, COLUMNS // 16 * ROWS)
-        half = tile // ROWS
-        row = (tile % ROWS)[:, None]
-        column = (half // 2 * 32 + half % 2 * 8)[:, None] + tl.arange(0, 8)[None, :]
-    return x + tl.minimum(row, rows - 1) * x_stride + column
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    at = x + tl.minimum(row, rows - 1) * x_stride + column
+    return at, tl.broadcast_to(row < rows, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -41,11 +33,16 @@ def no_product(OUTS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, TOGE
 
 
 @triton.jit
-def add_product(total, eights, x_at, TOGETHER: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """total + the product of a step: of decoded words (OUTS, words, 2, 2, 2) and the columns of x at `x_at`."""
+def add_product(total, eights, x_at, there, TOGETHER: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """total + the product of a step: of decoded words (OUTS, words, 2, 2, 2) and the columns of x at `x_at`.
+
+    Most of 16 rows may be none of x's, and are not loaded then. Of more rows, half are, and masks cost more than they
+    save.
+    """
+    columns = tl.load(x_at, mask=there, other=0.0) if x_at.shape[0] <= 16 else tl.load(x_at)
     if TOGETHER:
-        columns = tl.trans(tl.load(x_at))
-        total = _multiplied(tl.dot(in_columns(eights), columns, total, input_precision="ieee"), PLAIN)
+        product = tl.dot(in_columns(eights), tl.trans(columns), total, input_precision="ieee")
+        total = _multiplied(product, PLAIN)
     else:
         WARPS: tl.constexpr = total.shape[0]
         OUTS: tl.constexpr = total.shape[1]  # of a warp
@@ -55,10 +52,8 @@ def add_product(total, eights, x_at, TOGETHER: tl.constexpr, PLAIN: tl.constexpr
         # further on. The order in which columns are summed is free: both operands get a, q, b, e as their bits.
         eights = tl.reshape(eights, (WARPS * OUTS, BLOCKS, 4, 2, 2, 2))  # q, e, a, b
         weights = tl.reshape(tl.permute(eights, (0, 1, 4, 2, 5, 3)), (WARPS, OUTS, 32 * BLOCKS))
-        # Two loads, as the registers of one would not lie as the cores take them.
-        columns = tl.join(tl.load(x_at), tl.load(x_at + 16))
-        columns = tl.reshape(columns, (BLOCKS, 2, ROWS, 4, 2, 2))  # a, row, q, e, b
-        columns = tl.reshape(tl.permute(columns, (0, 1, 3, 5, 4, 2)), (1, 32 * BLOCKS, ROWS))
+        columns = tl.reshape(columns, (ROWS, BLOCKS, 2, 2, 4, 2))  # b, a, q, e
+        columns = tl.reshape(tl.permute(columns, (1, 3, 4, 2, 5, 0)), (1, 32 * BLOCKS, ROWS))
         columns = tl.broadcast_to(columns, (WARPS, 32 * BLOCKS, ROWS))
         total = tl.dot(weights, columns, total, input_precision="ieee")
     return total

@@ -56,7 +56,7 @@ def _base_sum(  # type: ignore[no-untyped-def]
     OUTS: tl.constexpr = weight_row.shape[0]
     BLOCKS: tl.constexpr = 2 * CHUNKS
     STEPS: tl.constexpr = WORD // CHUNKS  # in a word of scale codes
-    x_at = columns_at(x, rows, x_stride, ROWS, 64 * CHUNKS, TOGETHER)
+    x_at, there = columns_at(x, rows, x_stride, ROWS, 64 * CHUNKS)
     codes_at = codes + weight_row[:, None].to(tl.int64) * row_words + tl.arange(0, 8 * CHUNKS)[None, :]
     scales_at = scale_words + weight_row.to(tl.int64) * row_scale_words
     total = no_product(OUTS, ROWS, WARPS, TOGETHER)
@@ -64,7 +64,7 @@ def _base_sum(  # type: ignore[no-untyped-def]
         scales = _bytes(tl.load(scales_at + step // STEPS) >> (step % STEPS * (8 * BLOCKS)), BLOCKS)
         scales = tl.reshape(tl.broadcast_to(scales[:, :, None], (OUTS, BLOCKS, 4)), (OUTS, 4 * BLOCKS))
         eights = decode(tl.load(codes_at + step * (8 * CHUNKS)), scales, x.dtype.element_ty, PLAIN)
-        total = add_product(total, eights, x_at + step * (64 * CHUNKS), TOGETHER, PLAIN)
+        total = add_product(total, eights, x_at + step * (64 * CHUNKS), there, TOGETHER, PLAIN)
     return tl.reshape(total, (OUTS, ROWS))
 
 

@@ -58,7 +58,7 @@ def _base_sum(  # type: ignore[no-untyped-def]
     """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks."""
     OUTS: tl.constexpr = weight_row.shape[0]
     STEPS: tl.constexpr = WORD // BLOCKS  # in a word of scale codes
-    x_at = columns_at(x, rows, x_stride, ROWS, 64 * BLOCKS, TOGETHER)
+    x_at, there = columns_at(x, rows, x_stride, ROWS, 64 * BLOCKS)
     codes_at = codes + weight_row[:, None].to(tl.int64) * row_words + tl.arange(0, 8 * BLOCKS)[None, :]
     scales_at = scale_words + weight_row.to(tl.int64) * row_scale_words
     start = tl.load(group_start + weight_row)
@@ -73,7 +73,7 @@ def _base_sum(  # type: ignore[no-untyped-def]
         if BLOCKS > 1:
             absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, BLOCKS, 8)), (OUTS, 8 * BLOCKS))
         eights = decode(tl.load(codes_at + step * (8 * BLOCKS)), absmax, tables, x.dtype.element_ty, PLAIN)
-        total = add_product(total, eights, x_at + step * (64 * BLOCKS), TOGETHER, PLAIN)
+        total = add_product(total, eights, x_at + step * (64 * BLOCKS), there, TOGETHER, PLAIN)
     return tl.reshape(total, (OUTS, ROWS))
 
 
