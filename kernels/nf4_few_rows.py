@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
@@ -12,6 +13,7 @@ from .nf4_triton import decoding_tables
 
 DTYPES = (torch.bfloat16, torch.float16)  # of x
 MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
+_COLUMNS = 2**14  # of a program, at most: these are of two groups of scales
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # as many scale codes as divide those of a row
 
 
@@ -60,7 +62,7 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
     row_blocks, word = in_features // BLOCK, _word(in_features)
     blocks = step_blocks(in_features, config.blocks)
     steps = row_blocks // blocks
-    splits = min(config.splits, steps)
+    splits = max(min(config.splits, steps), triton.cdiv(steps, _COLUMNS // BLOCK // blocks))
     grid, arguments = launch_arguments(x, bias, adapter, nf4.shape[0], config.outs, splits, MAX_ROWS)
     nf4_linear_kernel[grid](
         codes=nf4.codes.view(torch.int32), scale_words=nf4.scale_codes.view(_WORDS[word]),

@@ -25,27 +25,14 @@ from .nf4_triton import decode, prepare_decoding
 
 
 @triton.jit
-def _pair_of_scales(words, tables, first: tl.constexpr, second: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What bytes `first` and `second` of integers (n,) stand for -> (n, 2) fp32."""
-    return tl.join(
-        tl.load(tables + ((words >> 8 * first).to(tl.int32) & 255)),
-        tl.load(tables + ((words >> 8 * second).to(tl.int32) & 255)),
-    )
-
-
-@triton.jit
-def _scales(words, tables, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the bytes of integers (n,) stand for, the lowest first -> (n, COUNT) fp32.
-
-    Looked up before they are joined: joins carry layouts over, and a look-up of (n, COUNT) would have one of its own.
-    """
-    if COUNT == 1:
-        found = tl.load(tables + (words.to(tl.int32) & 255))[:, None]
-    elif COUNT == 2:
-        found = _pair_of_scales(words, tables, 0, 1)
+def _scales(words, tables, step, BLOCKS: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a step's scale codes stand for, of words (n,) that hold those of STEPS steps -> (n, BLOCKS) fp32."""
+    codes = words.to(tl.int32) >> (step % STEPS * (8 * BLOCKS))
+    if BLOCKS == 1:  # a load of (n, 1) would have a layout of its own, to which the decoded weights would be moved
+        found = tl.load(tables + (codes & 255))[:, None]
     else:
-        found = tl.join(_pair_of_scales(words, tables, 0, 2), _pair_of_scales(words, tables, 1, 3))
-    return tl.reshape(found, (words.shape[0], COUNT))
+        found = tl.load(tables + ((codes[:, None] >> (8 * tl.arange(0, BLOCKS))[None, :]) & 255))
+    return found
 
 
 @triton.jit
@@ -55,23 +42,33 @@ def _base_sum(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, WORD: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, TOGETHER: tl.constexpr,
     AHEAD: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks."""
+    """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks.
+
+    These columns are of two groups at most. The scales of a step are looked up a step ahead, their codes two: a load of
+    the one waits for the other.
+    """
     OUTS: tl.constexpr = weight_row.shape[0]
     STEPS: tl.constexpr = WORD // BLOCKS  # in a word of scale codes
     x_at, there = columns_at(x, rows, x_stride, ROWS, 64 * BLOCKS)
     codes_at = codes + weight_row[:, None].to(tl.int64) * row_words + tl.arange(0, 8 * BLOCKS)[None, :]
-    scales_at = scale_words + weight_row.to(tl.int64) * row_scale_words
+    words_at = scale_words + weight_row.to(tl.int64) * row_scale_words
+    word = tl.load(words_at + first // STEPS)
     start = tl.load(group_start + weight_row)
-    mean = tl.load(offset + weight_row)
+    mean = tl.load(offset + weight_row)[:, None]
+    scale = _scales(word, tables, first, BLOCKS, STEPS)
+    word = tl.load(words_at + tl.minimum(first + 1, last - 1) // STEPS)
+    first_group = (start + first * BLOCKS) >> 8
+    group_scale = tl.load(group_scales + first_group)
+    next_scale = tl.load(group_scales + ((start + last * BLOCKS - 1) >> 8))
     total = no_product(OUTS, ROWS, WARPS, TOGETHER)
     if AHEAD:  # for x; nobody writes the rest
         gdc_wait()
     for step in range(first, last):
-        scales = _scales(tl.load(scales_at + step // STEPS) >> (step % STEPS * (8 * BLOCKS)), tables, BLOCKS)
-        group_scale = tl.load(group_scales + ((start + step * BLOCKS) >> 8))  # a step's blocks are of one group
-        absmax = scales * group_scale[:, None] + mean[:, None]
-        if BLOCKS > 1:
-            absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, BLOCKS, 8)), (OUTS, 8 * BLOCKS))
+        in_first = (start + step * BLOCKS) >> 8 == first_group  # a step's blocks are of one group
+        absmax = scale * tl.where(in_first, group_scale, next_scale)[:, None] + mean
+        scale = _scales(word, tables, step + 1, BLOCKS, STEPS)
+        word = tl.load(words_at + tl.minimum(step + 2, last - 1) // STEPS)
+        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, BLOCKS, 8)), (OUTS, 8 * BLOCKS))
         eights = decode(tl.load(codes_at + step * (8 * BLOCKS)), absmax, tables, x.dtype.element_ty, PLAIN)
         total = add_product(total, eights, x_at + step * (64 * BLOCKS), there, TOGETHER, PLAIN)
     return tl.reshape(total, (OUTS, ROWS))
