@@ -26,13 +26,14 @@ from .nf4_triton import decode, prepare_decoding
 
 @triton.jit
 def _scales(words, tables, step, BLOCKS: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What a step's scale codes stand for, of words (n,) that hold those of STEPS steps -> (n, BLOCKS) fp32."""
-    codes = words.to(tl.int32) >> (step % STEPS * (8 * BLOCKS))
-    if BLOCKS == 1:  # a load of (n, 1) would have a layout of its own, to which the decoded weights would be moved
-        found = tl.load(tables + (codes & 255))[:, None]
-    else:
-        found = tl.load(tables + ((codes[:, None] >> (8 * tl.arange(0, BLOCKS))[None, :]) & 255))
-    return found
+    """What a step's scale codes stand for, of words (n,) that hold those of STEPS steps -> (n, 4) fp32.
+
+    Of fewer blocks than four each is there several times: Triton moves (n, 4) scales to where the weights are decoded,
+    but of fewer it may leave the scales and move the decoded weights.
+    """
+    block = tl.arange(0, 4) * BLOCKS // 4
+    codes = words.to(tl.int32)[:, None] >> (step % STEPS * (8 * BLOCKS) + 8 * block)[None, :]
+    return tl.load(tables + (codes & 255))
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def _base_sum(  # type: ignore[no-untyped-def]
         absmax = scale * tl.where(in_first, group_scale, next_scale)[:, None] + mean
         scale = _scales(word, tables, step + 1, BLOCKS, STEPS)
         word = tl.load(words_at + tl.minimum(step + 2, last - 1) // STEPS)
-        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, BLOCKS, 8)), (OUTS, 8 * BLOCKS))
+        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, 4, 2 * BLOCKS)), (OUTS, 8 * BLOCKS))
         eights = decode(tl.load(codes_at + step * (8 * BLOCKS)), absmax, tables, x.dtype.element_ty, PLAIN)
         total = add_product(total, eights, x_at + step * (64 * BLOCKS), there, TOGETHER, PLAIN)
     return tl.reshape(total, (OUTS, ROWS))
