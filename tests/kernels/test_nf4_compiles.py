@@ -14,18 +14,19 @@ pytest.importorskip("triton")
 from .compile_few_rows import resource_usage
 
 # How it is cut up; programs that the registers of a multiprocessor are to hold; bytes of shared memory: the buffers of
-# codes, of x and of scales.
+# codes and of x, and the scales.
 KERNELS = {
-    "few_rows": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 4, "TOGETHER": False, "buffers": 4}, 7, 28 * 2**10),
-    "few_rows_fewer_blocks": ({"ROWS": 8, "OUTS": 128, "BLOCKS": 2, "TOGETHER": False, "buffers": 4}, 5, 24 * 2**10),
-    "32_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "TOGETHER": True, "buffers": 4}, 3, 68 * 2**10),
-    "64_rows": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 2, "TOGETHER": True, "buffers": 2}, 3, 38 * 2**10),
+    "few_rows": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 4, "TOGETHER": False, "buffers": 2}, 5, 26 * 2**10),
+    "few_rows_fewer_blocks": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 2, "TOGETHER": False, "buffers": 3}, 8, 20 * 2**10),
+    "32_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "TOGETHER": True, "buffers": 2}, 3, 66 * 2**10),
+    "64_rows": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 2, "TOGETHER": True, "buffers": 2, "registers": 168}, 3, 58 * 2**10),
     "most_rows": (
-        {"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "TOGETHER": True, "buffers": 4, "registers": 168},
+        {"ROWS": 128, "OUTS": 64, "BLOCKS": 1, "TOGETHER": True, "buffers": 2, "registers": 168},
         3,
-        55 * 2**10,
+        54 * 2**10,
     ),
 }
+SCALES = 2  # stores of a step's scales to shared memory; of its decoded weights there would be four or more
 POINTERS = dict.fromkeys(["group_scales", "offset", "tables"], "*fp32")
 POINTERS |= dict.fromkeys(["codes", "scale_words", "group_start"], "*i32")
 
@@ -42,5 +43,5 @@ def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
     few = 64 if capped else 0  # bytes, of what the loop does not need
     assert usage["STACK"] <= few and usage["LOCAL"] == usage["spills"] == 0, "registers are spilled"
     assert usage["REG"] * 128 * programs <= 2**16, "too few programs run at a time"
-    assert usage["shared"] <= shared and usage["stores"] == 0, "decoded weights go through shared memory"
+    assert usage["shared"] <= shared and usage["stores"] <= SCALES, "decoded weights go through shared memory"
     assert usage["pending"] == 0, "registers are written to while the tensor cores read from them"
