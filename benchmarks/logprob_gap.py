@@ -10,8 +10,8 @@ A base in 4 bits is also another policy, whose log-probs may take roundings bett
 of exactly its values in bf16: what is between these two is the 4-bit kernels' doing.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from statistics import mean
@@ -23,6 +23,7 @@ from common import Report, parser
 from safetensors.torch import load_file, save_file
 from step_vs_unsloth import measure_ours
 
+Measured = Callable[[str], list[float]]  # a base -> its gap at every step
 GAP = "sampling/sampling_logp_difference/mean"
 
 
@@ -51,8 +52,15 @@ def add_figures(report: Report, gaps: dict[str, list[float]], peers: dict[str, l
         report.add(f"{name}.logprob_gap.4b", mean(steps), "nats", "lower", spread=spread, repeats=len(steps), **more)
 
 
-def measured(checkpoint: Path, base: str, tokens_per_microbatch: int) -> list[float]:
-    return [step[GAP] for step in measure_ours(checkpoint, base, tokens_per_microbatch)["logs"]]
+def measure(report: Report, bases: list[str], gap: Measured, gap_of_values: Measured, at_once: int) -> None:
+    """The figures of bf16, of `bases` and of their values in bf16; a run that is cut off keeps what it has measured."""
+    gaps, peers = {}, {}
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [(gaps, base, pool.submit(gap, base)) for base in ("auto", *bases)]
+        runs += [(peers, base, pool.submit(gap_of_values, base)) for base in bases]
+        for found, base, run in runs:
+            found[base] = run.result()
+            add_figures(report, gaps, peers)
 
 
 def main() -> None:
@@ -62,19 +70,16 @@ def main() -> None:
     options.add_argument("--tokens-per-microbatch", type=int, default=16384)
     options.add_argument("--at-once", type=int, default=1, help="processes that share the card")
     arguments = options.parse_args()
-    report, gaps, peers = Report("logprob_gap", arguments), {}, {}
-    gap = partial(measured, tokens_per_microbatch=arguments.tokens_per_microbatch)
+    report = Report("logprob_gap", arguments)
+
+    def gap(base: str, checkpoint: Path = arguments.checkpoint) -> list[float]:
+        return [step[GAP] for step in measure_ours(checkpoint, base, arguments.tokens_per_microbatch)["logs"]]
 
     def gap_of_values(base: str) -> list[float]:
         with TemporaryDirectory() as directory:
-            return gap(values_in_bf16(arguments.checkpoint, base, Path(directory, base)), "auto")
+            return gap("auto", values_in_bf16(arguments.checkpoint, base, Path(directory, base)))
 
-    with ThreadPoolExecutor(arguments.at_once) as pool:
-        runs = [(gaps, base, pool.submit(gap, arguments.checkpoint, base)) for base in ("auto", *arguments.bases)]
-        runs += [(peers, base, pool.submit(gap_of_values, base)) for base in arguments.bases]
-        for found, base, run in runs:
-            found[base] = run.result()
-            add_figures(report, gaps, peers)  # a run that is cut off keeps what it has measured
+    measure(report, arguments.bases, gap, gap_of_values, arguments.at_once)
     print(report.write())
 
 

@@ -13,17 +13,11 @@ from .fp4_few_rows import DTYPES, MAX_ROWS, Config, launch, step_chunks
 # Outs, warps, whether together, chunks, buffers and registers of the programs worth measuring, by rows; each is
 # compiled where it is.
 _KINDS: dict[int, list[tuple[int, int, bool, int, int, int | None]]] = {
-    8: [(64, 4, True, 4, 2, None), (64, 4, False, 4, 2, None), (128, 4, False, 4, 2, None)],
+    8: [(64, 4, False, 4, 2, None), (64, 4, True, 4, 2, None), (128, 4, False, 4, 2, None)],
     16: [(64, 4, True, 4, 2, None), (64, 4, True, 2, 3, None), (64, 4, False, 4, 2, None)],
-    32: [(64, 4, True, 4, 2, None), (64, 4, True, 2, 2, None), (128, 8, True, 2, 2, None), (128, 4, False, 2, 2, None)],
-    64: [(64, 4, True, 2, 2, None), (64, 4, True, 1, 3, None), (128, 8, True, 2, 2, None), (128, 4, False, 1, 2, None)],
-    MAX_ROWS: [
-        (64, 4, True, 1, 3, 168),
-        (64, 4, True, 1, 2, 128),
-        (64, 4, True, 2, 2, None),
-        (128, 8, True, 1, 2, 128),
-        (128, 8, True, 1, 3, 128),
-    ],
+    32: [(64, 4, True, 4, 2, None), (64, 4, True, 2, 2, None), (128, 4, False, 2, 2, None)],
+    64: [(64, 4, True, 2, 2, None), (64, 4, True, 1, 3, None), (128, 4, False, 1, 2, None)],
+    MAX_ROWS: [(64, 4, True, 1, 3, 168), (64, 4, True, 1, 2, 128), (64, 4, True, 2, 2, None)],
 }
 _SPLITS = 4  # numbers of splits to measure for each
 _SPEED = Speed(weights=30.0, weights_a_warp=3.0, cycles_around=3000)

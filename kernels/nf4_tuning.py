@@ -13,17 +13,11 @@ from .nf4_few_rows import DTYPES, MAX_ROWS, Config, launch, step_blocks
 # Outs, warps, whether together, blocks, buffers and registers of the programs worth measuring, by rows; each is
 # compiled where it is.
 _KINDS: dict[int, list[tuple[int, int, bool, int, int, int | None]]] = {
-    8: [(64, 4, True, 4, 2, 128), (64, 4, False, 4, 2, None), (64, 4, False, 2, 3, None), (128, 4, False, 4, 2, 128)],
-    16: [(64, 4, True, 4, 2, 128), (64, 4, True, 4, 2, 168), (64, 4, True, 4, 1, 168), (64, 4, True, 2, 2, None)],
-    32: [(64, 4, True, 4, 2, 168), (64, 4, True, 4, 1, 168), (64, 4, True, 2, 2, None), (64, 4, True, 2, 3, None)],
-    64: [(64, 4, True, 2, 2, 168), (64, 4, True, 2, 2, 128), (64, 4, True, 2, 1, 128), (64, 4, True, 1, 3, 128)],
-    MAX_ROWS: [
-        (64, 4, True, 1, 2, 168),
-        (64, 4, True, 1, 3, 168),
-        (64, 4, True, 1, 1, 168),
-        (64, 4, True, 2, 2, 168),
-        (64, 4, True, 2, 1, 168),
-    ],
+    8: [(64, 4, False, 4, 2, None), (128, 4, False, 4, 2, 128), (64, 4, True, 4, 2, 128)],
+    16: [(64, 4, True, 4, 2, 128), (64, 4, True, 4, 2, 168)],
+    32: [(64, 4, True, 4, 2, 168), (64, 4, True, 4, 1, 168), (64, 4, True, 2, 2, None)],
+    64: [(64, 4, True, 2, 2, 168), (64, 4, True, 2, 1, 128)],
+    MAX_ROWS: [(64, 4, True, 1, 2, 168), (64, 4, True, 1, 1, 168), (64, 4, True, 2, 2, 168), (64, 4, True, 2, 1, 168)],
 }
 _SPLITS = 4  # numbers of splits to measure for each
 _SPEED = Speed(weights=20.0, weights_a_warp=2.0, cycles_around=5000)

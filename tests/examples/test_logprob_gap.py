@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -46,19 +44,14 @@ def test_bars_and_peers_are_of_the_same_run(gap: ModuleType, tmp_path: Path) -> 
     ]
 
 
-def test_what_is_measured_ahead_of_a_failure_is_kept(
-    gap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measured(checkpoint: Path, base: str, tokens_per_microbatch: int) -> list[float]:
+def test_what_is_measured_ahead_of_a_failure_is_kept(gap: ModuleType, tmp_path: Path) -> None:
+    def of_base(base: str) -> list[float]:
         if base == "fp4":
             raise RuntimeError("out of memory")
         return [0.02]
 
-    monkeypatch.setattr(gap, "Report", partial(gap.Report, on_cpu=True))
-    monkeypatch.setattr(gap, "measured", measured)
-    monkeypatch.setattr(gap, "values_in_bf16", lambda checkpoint, base, directory: checkpoint)
-    monkeypatch.setattr(sys, "argv", ["logprob_gap.py", "checkpoint", "--results", str(tmp_path), "--at-once", "2"])
+    report = gap.Report("logprob_gap", Namespace(results=tmp_path, commit="abc"), on_cpu=True)
     with pytest.raises(RuntimeError, match="out of memory"):
-        gap.main()
+        gap.measure(report, ["nf4", "fp4"], of_base, of_base, at_once=2)
     rows = json.loads((tmp_path / "logprob_gap.json").read_text())["rows"]
     assert [row["figure"] for row in rows] == ["bf16.logprob_gap.4b", "nf4.logprob_gap.4b"]

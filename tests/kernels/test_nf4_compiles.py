@@ -18,6 +18,11 @@ from .compile_few_rows import resource_usage
 KERNELS = {
     "few_rows": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 4, "TOGETHER": False, "buffers": 2}, 5, 26 * 2**10),
     "few_rows_fewer_blocks": ({"ROWS": 8, "OUTS": 64, "BLOCKS": 2, "TOGETHER": False, "buffers": 3}, 8, 20 * 2**10),
+    "few_rows_more_outs": (
+        {"ROWS": 8, "OUTS": 128, "BLOCKS": 4, "TOGETHER": False, "buffers": 2, "registers": 128},
+        4,
+        42 * 2**10,
+    ),
     "32_rows": ({"ROWS": 32, "OUTS": 64, "BLOCKS": 4, "TOGETHER": True, "buffers": 2}, 3, 66 * 2**10),
     "64_rows": ({"ROWS": 64, "OUTS": 64, "BLOCKS": 2, "TOGETHER": True, "buffers": 2, "registers": 168}, 3, 58 * 2**10),
     "most_rows": (
@@ -26,7 +31,7 @@ KERNELS = {
         54 * 2**10,
     ),
 }
-SCALES = 2  # stores of a step's scales to shared memory; of its decoded weights there would be four or more
+SCALES = 2  # stores to shared memory of the scales of 64 rows of W; of decoded weights there would be four or more
 POINTERS = dict.fromkeys(["group_scales", "offset", "tables"], "*fp32")
 POINTERS |= dict.fromkeys(["codes", "scale_words", "group_start"], "*i32")
 
@@ -43,5 +48,6 @@ def test_compiles_without_spills_or_detours(name: str, tmp_path: Path) -> None:
     few = 64 if capped else 0  # bytes, of what the loop does not need
     assert usage["STACK"] <= few and usage["LOCAL"] == usage["spills"] == 0, "registers are spilled"
     assert usage["REG"] * 128 * programs <= 2**16, "too few programs run at a time"
-    assert usage["shared"] <= shared and usage["stores"] <= SCALES, "decoded weights go through shared memory"
+    stores = SCALES * sizes["OUTS"] // 64
+    assert usage["shared"] <= shared and usage["stores"] <= stores, "decoded weights go through shared memory"
     assert usage["pending"] == 0, "registers are written to while the tensor cores read from them"
