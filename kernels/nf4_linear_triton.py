@@ -21,19 +21,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .few_rows_product_triton import add_product, columns_at, no_product
 from .few_rows_triton import VARYING, down, fetch, finish
-from .nf4_triton import decode, prepare_decoding
+from .nf4_triton import decode, prepare_decoding, prepare_scales, scales_of
 
 
 @triton.jit
-def _scales(words, tables, step, BLOCKS: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What a step's scale codes stand for, of words (n,) that hold those of STEPS steps -> (n, 4) fp32.
+def _two(words, tables, first: tl.constexpr, second: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What bytes `first` and `second` of integers (n,) stand for -> (n, 2) fp32."""
+    return tl.join(
+        scales_of((words >> 8 * first).to(tl.int32) & 255, tables, PLAIN),
+        scales_of((words >> 8 * second).to(tl.int32) & 255, tables, PLAIN),
+    )
 
-    Of fewer blocks than four each is there several times: Triton moves (n, 4) scales to where the weights are decoded,
-    but of fewer it may leave the scales and move the decoded weights.
-    """
-    block = tl.arange(0, 4) * BLOCKS // 4
-    codes = words.to(tl.int32)[:, None] >> (step % STEPS * (8 * BLOCKS) + 8 * block)[None, :]
-    return tl.load(tables + (codes & 255))
+
+@triton.jit
+def _scales(words, tables, COUNT: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the bytes of integers (n,) stand for, the lowest first -> (n, COUNT) fp32; by joins, which keep layouts."""
+    if COUNT == 1:
+        found = scales_of(words.to(tl.int32) & 255, tables, PLAIN)
+        found = tl.join(found, found)
+    elif COUNT == 2:
+        found = _two(words, tables, 0, 1, PLAIN)
+    else:
+        found = tl.join(_two(words, tables, 0, 2, PLAIN), _two(words, tables, 1, 3, PLAIN))
+    return tl.reshape(found, (words.shape[0], max(2, COUNT)))
 
 
 @triton.jit
@@ -45,31 +55,23 @@ def _base_sum(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks.
 
-    These columns are of two groups at most. The scales of a step are looked up a step ahead, their codes two: a load of
-    the one waits for the other.
+    These columns are of two groups at most.
     """
     OUTS: tl.constexpr = weight_row.shape[0]
     STEPS: tl.constexpr = WORD // BLOCKS  # in a word of scale codes
     x_at, there = columns_at(x, rows, x_stride, ROWS, 64 * BLOCKS)
     codes_at = codes + weight_row[:, None].to(tl.int64) * row_words + tl.arange(0, 8 * BLOCKS)[None, :]
     words_at = scale_words + weight_row.to(tl.int64) * row_scale_words
-    word = tl.load(words_at + first // STEPS)
     start = tl.load(group_start + weight_row)
-    mean = tl.load(offset + weight_row)[:, None]
-    scale = _scales(word, tables, first, BLOCKS, STEPS)
-    word = tl.load(words_at + tl.minimum(first + 1, last - 1) // STEPS)
-    first_group = (start + first * BLOCKS) >> 8
-    group_scale = tl.load(group_scales + first_group)
-    next_scale = tl.load(group_scales + ((start + last * BLOCKS - 1) >> 8))
+    mean = tl.load(offset + weight_row)
     total = no_product(OUTS, ROWS, WARPS, TOGETHER)
     if AHEAD:  # for x; nobody writes the rest
         gdc_wait()
     for step in range(first, last):
-        in_first = (start + step * BLOCKS) >> 8 == first_group  # a step's blocks are of one group
-        absmax = scale * tl.where(in_first, group_scale, next_scale)[:, None] + mean
-        scale = _scales(word, tables, step + 1, BLOCKS, STEPS)
-        word = tl.load(words_at + tl.minimum(step + 2, last - 1) // STEPS)
-        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, 4, 2 * BLOCKS)), (OUTS, 8 * BLOCKS))
+        scales = _scales(tl.load(words_at + step // STEPS).to(tl.int32) >> (step % STEPS * (8 * BLOCKS)), tables, BLOCKS, PLAIN)
+        group_scale = tl.load(group_scales + ((start + step * BLOCKS) >> 8))  # a step's blocks are of one group
+        absmax = scales * group_scale[:, None] + mean[:, None]
+        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, absmax.shape[1], 8 * BLOCKS // absmax.shape[1])), (OUTS, 8 * BLOCKS))
         eights = decode(tl.load(codes_at + step * (8 * BLOCKS)), absmax, tables, x.dtype.element_ty, PLAIN)
         total = add_product(total, eights, x_at + step * (64 * BLOCKS), there, TOGETHER, PLAIN)
     return tl.reshape(total, (OUTS, ROWS))
@@ -105,6 +107,7 @@ def nf4_linear_kernel(  # type: ignore[no-untyped-def]
             fetch(scale_words + row_at * row_scale_words + first * BLOCKS // WORD)
             gdc_launch_dependents()
         prepare_decoding(PLAIN)
+        prepare_scales(tables, PLAIN)
         total = _base_sum(
             x, codes, scale_words, group_scales, group_start, offset, tables, weight_row, rows, x_stride, row_words,
             row_scale_words, first, last, ROWS, WORD, BLOCKS, WARPS, TOGETHER, AHEAD, PLAIN,
