@@ -15,7 +15,7 @@ from .nf4_few_rows import DTYPES, MAX_ROWS, Config, launch, step_blocks
 _KINDS: dict[int, list[tuple[int, int, bool, int, int, int | None]]] = {
     8: [(64, 4, False, 4, 2, None), (128, 4, False, 4, 2, 128), (64, 4, True, 4, 2, 128)],
     16: [(64, 4, True, 4, 2, 128), (64, 4, True, 4, 2, 168)],
-    32: [(64, 4, True, 4, 2, 168), (64, 4, True, 4, 1, 168), (64, 4, True, 2, 2, None)],
+    32: [(64, 4, True, 4, 2, 168), (64, 4, True, 4, 1, 168), (64, 4, True, 4, 2, None), (64, 4, True, 2, 2, None)],
     64: [(64, 4, True, 2, 2, 168), (64, 4, True, 2, 1, 128)],
     MAX_ROWS: [(64, 4, True, 1, 2, 168), (64, 4, True, 1, 1, 168), (64, 4, True, 2, 2, 168), (64, 4, True, 2, 1, 168)],
 }
