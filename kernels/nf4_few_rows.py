@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from .few_rows_adapter import Adapter, launch_arguments, rows_of_program, takes
@@ -13,7 +12,6 @@ from .nf4_triton import decoding_tables
 
 DTYPES = (torch.bfloat16, torch.float16)  # of x
 MAX_ROWS = 128  # of x; above, decoding everything once and cuBLAS take less time
-_COLUMNS = 2**14  # of a program, at most: these are of two groups of scales
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # as many scale codes as divide those of a row
 
 
@@ -26,8 +24,7 @@ class Config:
         warps: of a program.
         together: whether warps multiply in groups of four, which have the same x, or each on its own.
         blocks: of 64 columns that a step loads and multiplies: 1, 2 or 4.
-        buffers: steps whose codes are in shared memory or on their way to it. The scales of a step are found in two
-            loads, one of which waits for the other, so a load is half as many steps ahead.
+        buffers: steps whose codes, of weights and of scales, are in shared memory or on their way to it.
         registers: of a thread, at most, so that more programs run at a time; None for as many as it takes.
         splits: programs that share a tile's columns; of no more steps than there are.
     """
@@ -62,7 +59,7 @@ def launch(x: Tensor, nf4: NF4Tensor, bias: Tensor | None, adapter: Adapter | No
     row_blocks, word = in_features // BLOCK, _word(in_features)
     blocks = step_blocks(in_features, config.blocks)
     steps = row_blocks // blocks
-    splits = max(min(config.splits, steps), triton.cdiv(steps, _COLUMNS // BLOCK // blocks))
+    splits = min(config.splits, steps)
     grid, arguments = launch_arguments(x, bias, adapter, nf4.shape[0], config.outs, splits, MAX_ROWS)
     nf4_linear_kernel[grid](
         codes=nf4.codes.view(torch.int32), scale_words=nf4.scale_codes.view(_WORDS[word]),

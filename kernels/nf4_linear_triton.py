@@ -8,8 +8,9 @@ which the tensor cores take them (`few_rows_product_triton`). What limits it is 
 L1: a weight takes a lane of a shuffle, so everything else there has to be rare.
 
 Where the GPU can start a kernel before the one ahead of it has ended (AHEAD, Hopper's programmatic dependent launch),
-a program first asks for its codes and scales, which that kernel does not write, and then waits for its end. It reads
-nothing else and writes nothing before: the kernel ahead may still use the memory that this one was given.
+a program first asks for its codes and scales and copies the map of scale codes to shared memory, none of which that
+kernel writes, and then waits for its end. It reads nothing else and writes no other memory before: the kernel ahead
+may still use what this one was given.
 
 Bytes: 4.14 bits a weight once, x once a tile (from the L2 cache). Error: sums in fp32; the result and x A^T are
 rounded once.
@@ -25,25 +26,26 @@ from .nf4_triton import decode, prepare_decoding, prepare_scales, scales_of
 
 
 @triton.jit
-def _two(words, tables, first: tl.constexpr, second: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What bytes `first` and `second` of integers (n,) stand for -> (n, 2) fp32."""
+def _pair(words, tables, first: tl.constexpr, second: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What two bytes, of these numbers, of int32 (n,) stand for -> (n, 2) fp32."""
     return tl.join(
-        scales_of((words >> 8 * first).to(tl.int32) & 255, tables, PLAIN),
-        scales_of((words >> 8 * second).to(tl.int32) & 255, tables, PLAIN),
+        scales_of(words >> 8 * first & 255, tables, PLAIN), scales_of(words >> 8 * second & 255, tables, PLAIN)
     )
 
 
 @triton.jit
-def _scales(words, tables, COUNT: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the bytes of integers (n,) stand for, the lowest first -> (n, COUNT) fp32; by joins, which keep layouts."""
-    if COUNT == 1:
-        found = scales_of(words.to(tl.int32) & 255, tables, PLAIN)
-        found = tl.join(found, found)
-    elif COUNT == 2:
-        found = _two(words, tables, 0, 1, PLAIN)
+def _scales(words, tables, BLOCKS: tl.constexpr, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the lowest BLOCKS bytes of int32 (n,) stand for -> (n, BLOCKS) fp32; of one byte (n, 2), the same twice.
+
+    Joined, and two at least: Triton then finds them where the weights are decoded, and moves neither.
+    """
+    if BLOCKS == 1:
+        found = _pair(words, tables, 0, 0, PLAIN)
+    elif BLOCKS == 2:
+        found = _pair(words, tables, 0, 1, PLAIN)
     else:
-        found = tl.join(_two(words, tables, 0, 2, PLAIN), _two(words, tables, 1, 3, PLAIN))
-    return tl.reshape(found, (words.shape[0], max(2, COUNT)))
+        found = tl.join(_pair(words, tables, 0, 2, PLAIN), _pair(words, tables, 1, 3, PLAIN))
+    return tl.reshape(found, (words.shape[0], max(2, BLOCKS)))
 
 
 @triton.jit
@@ -53,10 +55,7 @@ def _base_sum(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, WORD: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, TOGETHER: tl.constexpr,
     AHEAD: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks.
-
-    These columns are of two groups at most.
-    """
+    """(OUTS, ROWS) fp32: rows of W times those of x, over the columns of the steps [first, last) of BLOCKS blocks."""
     OUTS: tl.constexpr = weight_row.shape[0]
     STEPS: tl.constexpr = WORD // BLOCKS  # in a word of scale codes
     x_at, there = columns_at(x, rows, x_stride, ROWS, 64 * BLOCKS)
@@ -68,10 +67,13 @@ def _base_sum(  # type: ignore[no-untyped-def]
     if AHEAD:  # for x; nobody writes the rest
         gdc_wait()
     for step in range(first, last):
-        scales = _scales(tl.load(words_at + step // STEPS).to(tl.int32) >> (step % STEPS * (8 * BLOCKS)), tables, BLOCKS, PLAIN)
+        word = tl.load(words_at + step // STEPS).to(tl.int32) >> step % STEPS * (8 * BLOCKS)
+        scales = _scales(word, tables, BLOCKS, PLAIN)
         group_scale = tl.load(group_scales + ((start + step * BLOCKS) >> 8))  # a step's blocks are of one group
         absmax = scales * group_scale[:, None] + mean[:, None]
-        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUTS, absmax.shape[1], 8 * BLOCKS // absmax.shape[1])), (OUTS, 8 * BLOCKS))
+        SCALES: tl.constexpr = absmax.shape[1]
+        absmax = tl.broadcast_to(absmax[:, :, None], (OUTS, SCALES, 8 * BLOCKS // SCALES))
+        absmax = tl.reshape(absmax, (OUTS, 8 * BLOCKS))
         eights = decode(tl.load(codes_at + step * (8 * BLOCKS)), absmax, tables, x.dtype.element_ty, PLAIN)
         total = add_product(total, eights, x_at + step * (64 * BLOCKS), there, TOGETHER, PLAIN)
     return tl.reshape(total, (OUTS, ROWS))

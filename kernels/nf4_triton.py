@@ -61,10 +61,10 @@ def _decode_word(packed_type: str) -> str:
 
 
 _PREPARE = tl.constexpr(_lane_values())
-_SHARED = tl.constexpr(".shared .align 16 .b8 nf4_scales[1024]; mov.u32 $0, 0;")
-_AT = "{ .reg .b32 at; mov.u32 at, nf4_scales; mad.lo.u32 at, $1, 4, at; "
-_KEEP = tl.constexpr(_AT + "st.shared.f32 [at], $2; mov.u32 $0, 0; }")
-_LOOK_UP = tl.constexpr(_AT + "ld.shared.f32 $0, [at]; }")
+_MAP = tl.constexpr(".shared .align 16 .b8 nf4_scales[1024]; mov.u32 $0, 0;")  # the map of scale codes, fp32 (256,)
+_AT = "{ .reg .b32 at; mov.u32 at, nf4_scales; mad.lo.u32 at, $1, 4, at; "  # where it has scale code $1
+_SET_SCALE = tl.constexpr(_AT + "st.shared.f32 [at], $2; mov.u32 $0, 0; }")
+_GET_SCALE = tl.constexpr(_AT + "ld.shared.f32 $0, [at]; }")
 _DECODE_BF16 = tl.constexpr(_decode_word("bf16x2"))
 _DECODE_FP16 = tl.constexpr(_decode_word("f16x2"))
 _OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,f")
@@ -80,24 +80,29 @@ def prepare_decoding(PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def prepare_scales(tables, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """To be called once in a kernel before it calls `scales_of`, by every thread: the map goes to shared memory.
+    """To be called once in a kernel before it calls `scales_of`, by every thread: copies the map to shared memory.
 
-    There the lanes of a warp look up different values in two to four cycles, in the L1 cache in a dozen.
+    Lanes of a warp look up different values there, which takes two to four cycles; in the L1 cache it takes a dozen.
     """
     if not PLAIN:
-        tl.inline_asm_elementwise(_SHARED, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(_MAP, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         code = tl.arange(0, 256)
-        tl.inline_asm_elementwise(_KEEP, "=r,r,f", [code, tl.load(tables + code)], dtype=tl.int32, is_pure=False, pack=1)
+        value = tl.load(tables + code)
+        tl.inline_asm_elementwise(_SET_SCALE, "=r,r,f", [code, value], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
 
 
 @triton.jit
 def scales_of(codes, tables, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What scale codes, int32 from 0 to 255 of any shape, stand for -> fp32."""
+    """What scale codes, int32 from 0 to 255, loaded since `prepare_scales`, stand for -> fp32 of the same shape.
+
+    By assembly and not a load, so that it is done in the layout that is asked for. Nothing tells the compiler that it
+    reads memory; what keeps it behind `prepare_scales` are its codes.
+    """
     if PLAIN:
         return tl.load(tables + codes)
     else:
-        return tl.inline_asm_elementwise(_LOOK_UP, "=f,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(_GET_SCALE, "=f,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

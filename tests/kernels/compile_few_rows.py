@@ -32,9 +32,9 @@ def resource_usage(
         products: of matrices, at least, in the loop whose instructions are counted.
 
     Returns:
-        `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes, "instructions" of the loop, how many of
-        these are "spills", how many "stores" of registers to shared memory, and "pending": how many products the tensor
-        cores may still be busy with, at most, where the program waits for them.
+        `cuobjdump`'s resource usage (REG, STACK, LOCAL, ...), "shared", bytes that Triton asks for, "instructions" of
+        the loop, how many of these are "spills", how many "stores" of registers to shared memory, and "pending": how
+        many products the tensor cores may still be busy with, at most, where the program waits for them.
     """
     sizes = CONSTANTS | {"DOWN_ROWS": min(64, sizes["ROWS"])} | sizes
     options = {"num_warps": sizes["WARPS"], "launch_pdl": True} | options
