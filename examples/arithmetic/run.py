@@ -75,6 +75,9 @@ def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="auto", choices=["auto", "transformers", "vllm"])
+    parser.add_argument(
+        "--base", default="auto", choices=["auto", "nf4", "fp4"], help="how the model that the adapter is for is held"
+    )
     parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
     parser.add_argument("--learning-rate", type=float, default=7e-4)
@@ -89,6 +92,7 @@ def main() -> float:
     config = GRPOConfig(
         str(output),
         engine=options.engine,
+        base=options.base,
         per_device_train_batch_size=256,
         num_generations=16,
         max_completion_length=5,
