@@ -39,13 +39,11 @@ def _scales(words, tables, BLOCKS: tl.constexpr, PLAIN: tl.constexpr):  # type: 
 
     Joined, and two at least: Triton then finds them where the weights are decoded, and moves neither.
     """
-    if BLOCKS == 1:
-        found = _pair(words, tables, 0, 0, PLAIN)
-    elif BLOCKS == 2:
-        found = _pair(words, tables, 0, 1, PLAIN)
+    if BLOCKS < 4:
+        return _pair(words, tables, 0, BLOCKS - 1, PLAIN)
     else:
         found = tl.join(_pair(words, tables, 0, 2, PLAIN), _pair(words, tables, 1, 3, PLAIN))
-    return tl.reshape(found, (words.shape[0], max(2, BLOCKS)))
+        return tl.reshape(found, (words.shape[0], BLOCKS))
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from colora import GRPOConfig, GRPOTrainer
 from colora.rollout.engine import RolloutRequest, SamplingParams, generate
+from colora.weightshare.base_format import BASES
 from datasets import Dataset
 from model import WIDTH, Problem, answer, problems, question, warm_up
 from peft import LoraConfig
@@ -75,9 +76,7 @@ def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="auto", choices=["auto", "transformers", "vllm"])
-    parser.add_argument(
-        "--base", default="auto", choices=["auto", "nf4", "fp4"], help="how the model that the adapter is for is held"
-    )
+    parser.add_argument("--base", default="auto", choices=BASES, help="how the model that the adapter is for is held")
     parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
     parser.add_argument("--learning-rate", type=float, default=7e-4)
